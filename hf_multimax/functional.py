@@ -1,0 +1,133 @@
+"""MultiMax in plain PyTorch: the reference that every other backend is tested against.
+
+MultiMax (Zhou, Fritz, Keuper, ICML 2024) is SoftMax of modulated scores. The modulator of order N bends the scores
+below a learned threshold ``b_n`` and above a learned threshold ``d_n``::
+
+    sigma(x) = x + sum_{n=1..N} ( t_bn * max(b_n - x, 0)**n + t_dn * max(x - d_n, 0)**n )
+
+    ranges = [b_1, d_1, b_2, d_2, ...]      ts = [t_b1, t_d1, t_b2, t_d2, ...]
+
+With all ``ts`` zero sigma is the identity and MultiMax is SoftMax.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import relu
+
+__all__ = ["modulate", "multimax", "masked_softmax", "compute_dtype"]
+
+Affine = tuple[Tensor, Tensor]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that scores of type ``dtype`` are computed in: float64 stays, everything else becomes float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def modulate(x: Tensor, ranges: Tensor, ts: Tensor, affine: Affine | None = None) -> Tensor:
+    """The modulator sigma of MultiMax (paper, section 4), elementwise.
+
+    Args:
+        x: scores of any shape and floating type; float16 and bfloat16 are computed in float32.
+        ranges: thresholds ``[b_1, d_1, ..., b_N, d_N]``, shape ``[2N]``, or ``[heads, 2N]`` for one modulator per head,
+            where heads are the third dimension of ``x`` from the right (``[..., heads, queries, keys]``).
+        ts: slopes ``[t_b1, t_d1, ...]``, shaped like ``ranges``.
+        affine: ``(scale, shift)``, each a scalar or ``[heads]``: ``x`` is replaced by ``scale * x + shift`` first.
+
+    Returns:
+        sigma(x), shaped and typed like ``x``. Minus infinity, the score of a masked entry, stays minus infinity and
+        passes no gradient.
+
+    Raises:
+        ValueError: if the shapes of ``ranges`` and ``ts`` differ or fit neither ``[2N]`` nor ``[heads, 2N]``.
+        TypeError: if ``x`` is not floating point.
+    """
+    out = _modulate(x.to(compute_dtype(_checked(x, ranges, ts, affine))), ranges, ts, affine)
+    return out.to(x.dtype)
+
+
+def multimax(
+    x: Tensor,
+    ranges: Tensor,
+    ts: Tensor,
+    dim: int = -1,
+    mask: Tensor | None = None,
+    affine: Affine | None = None,
+) -> Tensor:
+    """``softmax(sigma(x))`` along ``dim`` (paper, equation 5).
+
+    Args:
+        x, ranges, ts, affine: as for :func:`modulate`.
+        dim: the dimension that sums to one.
+        mask: boolean, broadcastable to ``x``, True = keep. It acts after the modulation, as does minus infinity in
+            ``x``: such an entry gets exactly 0 and no gradient.
+
+    Returns:
+        Probabilities shaped and typed like ``x``; all zeros where a row keeps nothing.
+
+    Raises:
+        ValueError, TypeError: as :func:`modulate`; TypeError for a mask that is not boolean.
+    """
+    dtype = compute_dtype(_checked(x, ranges, ts, affine))
+    return masked_softmax(_modulate(x.to(dtype), ranges, ts, affine), dim, mask).to(x.dtype)
+
+
+def masked_softmax(x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+    """SoftMax over the entries that ``mask`` keeps and that are not minus infinity; zeros where a row keeps nothing."""
+    keep = x != float("-inf")
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be boolean (True = keep), got {mask.dtype}")
+        keep = keep & mask
+    x = x.masked_fill(~keep, float("-inf"))
+    # A row of minus infinities would give NaN: make it finite, then remove it again.
+    x = x.masked_fill(~keep.any(dim, keepdim=True), 0.0)
+    return x.softmax(dim).masked_fill(~keep, 0.0)
+
+
+def _modulate(x: Tensor, ranges: Tensor, ts: Tensor, affine: Affine | None) -> Tensor:
+    """sigma(x) in x's own type, without checks."""
+    score = x
+    # Minus infinity (or finfo.min, which some models write into their logits) stays: 0 * inf would be NaN.
+    masked = score <= torch.finfo(x.dtype).min / 2
+    x = score.masked_fill(masked, 0.0)
+    if affine is not None:
+        scale, shift = (_per_head(a.to(x.dtype), 0) for a in affine)
+        x = scale * x + shift
+    ranges, ts = _per_head(ranges.to(x.dtype), 1), _per_head(ts.to(x.dtype), 1)
+    out = x
+    for n, (b, d, t_b, t_d) in enumerate(zip(ranges[0::2], ranges[1::2], ts[0::2], ts[1::2]), start=1):
+        # relu, not clamp: its gradient at the threshold is zero, as in the definition
+        out = out + (t_b * _power(relu(b - x), n) + t_d * _power(relu(x - d), n))
+    return torch.where(masked, score, out)
+
+
+def _power(x: Tensor, n: int) -> Tensor:
+    return x if n == 1 else x.square() if n == 2 else x**n
+
+
+def _per_head(parameter: Tensor, own_dims: int) -> Tensor:
+    """Put a parameter's own dimension first and let its heads, if any, broadcast against [..., heads, q, k]."""
+    if parameter.ndim == own_dims:
+        return parameter
+    return parameter.movedim(0, -1)[..., None, None]
+
+
+def _checked(x: Tensor, ranges: Tensor, ts: Tensor, affine: Affine | None) -> torch.dtype:
+    """x's dtype, after every check of shapes and types."""
+    if not x.is_floating_point():
+        raise TypeError(f"scores must be floating point, got {x.dtype}")
+    if ranges.shape != ts.shape or ranges.ndim not in (1, 2) or ranges.shape[-1] < 2 or ranges.shape[-1] % 2:
+        raise ValueError(
+            "ranges and ts must both be [2N] or [heads, 2N] with N >= 1, "
+            f"got {list(ranges.shape)} and {list(ts.shape)}"
+        )
+    for name, parameter, own_dims in (("ranges", ranges, 1), *zip(("scale", "shift"), affine or (), (0, 0))):
+        if parameter.ndim not in (own_dims, own_dims + 1):
+            raise ValueError(f"{name} must be a scalar or [heads], got {list(parameter.shape)}")
+        if parameter.ndim > own_dims and (x.ndim < 3 or x.shape[-3] != parameter.shape[0]):
+            raise ValueError(
+                f"{name} has {parameter.shape[0]} heads, but scores of shape {list(x.shape)} "
+                "do not have them as their third dimension from the right"
+            )
+    return x.dtype
