@@ -1,0 +1,37 @@
+"""MultiMax for Hugging Face Transformers: a learnable, sparse and multi-modal SoftMax in any model."""
+
+from hf_multimax.attention import backend, multimax_attention
+from hf_multimax.config import MultiMaxConfig
+from hf_multimax.functional import modulate, multimax
+from hf_multimax.modeling import register_extension_points
+from hf_multimax.modulator import MultiMax, Normalizer
+from hf_multimax.normalizers import normalize, register_normalizer
+from hf_multimax.patching import (
+    freeze_base,
+    is_patched,
+    multimax_parameters,
+    patch_model,
+    print_trainable_parameters,
+    unpatch_model,
+)
+from hf_multimax.version import __version__
+
+__all__ = [
+    "MultiMax",
+    "MultiMaxConfig",
+    "Normalizer",
+    "backend",
+    "freeze_base",
+    "is_patched",
+    "modulate",
+    "multimax",
+    "multimax_attention",
+    "multimax_parameters",
+    "normalize",
+    "patch_model",
+    "print_trainable_parameters",
+    "register_normalizer",
+    "unpatch_model",
+]
+
+register_extension_points()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-__all__ = ["modulate", "multimax", "masked_softmax", "compute_dtype"]
+__all__ = ["compute_dtype", "masked_softmax", "modulate", "multimax"]
 
 Affine = tuple[Tensor, Tensor]
 
@@ -119,8 +119,7 @@ def _checked(x: Tensor, ranges: Tensor, ts: Tensor, affine: Affine | None) -> to
         raise TypeError(f"scores must be floating point, got {x.dtype}")
     if ranges.shape != ts.shape or ranges.ndim not in (1, 2) or ranges.shape[-1] < 2 or ranges.shape[-1] % 2:
         raise ValueError(
-            "ranges and ts must both be [2N] or [heads, 2N] with N >= 1, "
-            f"got {list(ranges.shape)} and {list(ts.shape)}"
+            f"ranges and ts must both be [2N] or [heads, 2N] with N >= 1, got {list(ranges.shape)} and {list(ts.shape)}"
         )
     for name, parameter, own_dims in (("ranges", ranges, 1), *zip(("scale", "shift"), affine or (), (0, 0))):
         if parameter.ndim not in (own_dims, own_dims + 1):

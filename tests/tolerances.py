@@ -6,8 +6,8 @@ import torch
 RELATIVE = {
     torch.float64: 1e-10,
     torch.float32: 2e-6,
-    torch.bfloat16: 2 ** -8,
-    torch.float16: 2 ** -11,
+    torch.bfloat16: 2**-8,
+    torch.float16: 2**-11,
 }
 
 

@@ -1,0 +1,18 @@
+"""What discovery cannot find out about Transformers' architectures, and nothing else."""
+
+#: Keywords that attention layers pass to the attention interface and that the attention function acts on, or that
+#: another part of the call already contains (the mask holds the sliding window).
+HANDLED_KEYWORDS = frozenset(
+    {"query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "position_bias", "softcap", "s_aux"}
+    | {"sinks", "sliding_window", "cache"}
+)
+
+#: Keywords that only other implementations need: packing hints for flash attention, whose masks say the same, and
+#: requests that the caller of the layer answers.
+IRRELEVANT_KEYWORDS = frozenset(
+    {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "deterministic"}
+    | {"output_attentions"}
+)
+
+#: Where attention layers, or else their config, keep the number of query heads.
+HEAD_COUNT_ATTRIBUTES = ("num_heads", "n_heads", "num_attention_heads", "n_head")

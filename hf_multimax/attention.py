@@ -1,0 +1,246 @@
+"""The one attention function: what every patched layer calls, and what users call without Transformers."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout as apply_dropout
+
+from hf_multimax.functional import Affine, compute_dtype, masked_softmax, modulate
+
+__all__ = ["IMPLEMENTATION", "attention_forward", "backend", "current_backend", "multimax_attention"]
+
+#: The name under which attention is registered with Transformers.
+IMPLEMENTATION = "multimax"
+
+BACKENDS = ("auto", "eager")
+_backend = "auto"
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the implementation of attention inside a ``with`` block, for the whole process.
+
+    ``"auto"`` (the default) is the fastest that supports each call. Any other choice is used as it is, and raises
+    ValueError for a call that it does not support. With gradient checkpointing, keep the block around the backward
+    pass too.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+    previous, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def current_backend() -> str:
+    """The name that the innermost :func:`backend` block chose."""
+    return _backend
+
+
+def multimax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    ts: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    affine: Affine | None = None,
+) -> Tensor:
+    """``dropout(softmax(sigma(q k^T * scale + bias) + attn_mask)) v``: attention with MultiMax (paper, section 4).
+
+    Args:
+        q: ``[B, H, Nq, D]``, floating type; all of q, k and v are of one type.
+        k, v: ``[B, Hkv, Nk, D]`` and ``[B, Hkv, Nk, Dv]``; H is a multiple of Hkv (grouped-query attention).
+        ranges, ts: the modulator, ``[2N]`` or ``[H, 2N]``; see :func:`hf_multimax.modulate`.
+        attn_mask: broadcastable to ``[B, H, Nq, Nk]``; boolean (True = keep), or additive: entries at or below half of
+            ``finfo(attn_mask.dtype).min`` are masked, others are added after sigma.
+        bias: broadcastable to ``[B, H, Nq, Nk]``, added to the scaled scores before sigma; a gradient flows to it.
+        dropout_p: probability of dropping an attention weight. It acts whenever it is above 0.
+        is_causal: query i sees keys up to i + Nk - Nq; combines with ``attn_mask``.
+        scale: of the scores; None is ``D ** -0.5``.
+        affine: ``(scale, shift)`` of the affine variant.
+
+    Returns:
+        ``[B, H, Nq, Dv]`` in v's type. Rows that see no key give zeros.
+
+    Raises:
+        ValueError: for shapes that do not fit, ``is_causal`` with more queries than keys, or a probability outside
+            [0, 1). TypeError: for a mask that is neither boolean nor floating.
+    """
+    _check_shapes(q, k, v, is_causal, dropout_p)
+    mask = attn_mask
+    if is_causal:
+        mask = _with_causal(mask, q, k)
+
+    def modulator(scores: Tensor) -> Tensor:
+        return modulate(scores, ranges, ts, affine)
+
+    return eager_attention(q, k, v, modulator, masked_softmax, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale)[
+        0
+    ]
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What Transformers' AttentionInterface calls: ``[B, H, Nq, D]`` in, ``[B, Nq, H, Dv]`` and the weights out.
+
+    Scores pass scaling, soft-capping, position bias, the layer's normalizer (its elementwise part), the mask, and
+    join the attention sinks, which stay unmodulated. As under SDPA, a mask of None means "causal" for a causal layer.
+    Other keywords (``sliding_window``, which the mask contains, packing hints for flash attention) need nothing here.
+
+    Raises:
+        ValueError: if the layer was never patched, or a paged cache is given.
+    """
+    if not hasattr(module, "multimax"):
+        raise ValueError(
+            f"this {type(module).__name__} was told to use the attention implementation {IMPLEMENTATION!r} but was "
+            "never patched, so it has no normalizer: load the checkpoint by its Auto class after `import hf_multimax`, "
+            "or call hf_multimax.patch_model(model)"
+        )
+    if cache is not None:
+        raise ValueError(
+            "continuous batching (generate_batch) prepares masks only for Transformers' own attention "
+            "implementations: call generate() on a MultiMax model, or hf_multimax.unpatch_model(model) first"
+        )
+    if attention_mask is None and query.shape[2] > 1 and _is_causal(module, is_causal):
+        # A static cache at its first call is longer than the queries, which are its first entries.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
+        attention_mask = _with_causal(None, query, key)
+    # A layer that the config leaves out holds None: it shares its config with patched ones and keeps SoftMax.
+    normalizer = module.multimax
+    out, weights = eager_attention(
+        query,
+        key,
+        value,
+        modulator=_identity if normalizer is None else normalizer.modulate,
+        normalize=masked_softmax if normalizer is None else normalizer.normalize,
+        mask=attention_mask,
+        bias=position_bias,
+        dropout_p=dropout if module.training else 0.0,
+        scale=scaling,
+        softcap=softcap,
+        sinks=s_aux if s_aux is not None else sinks,
+    )
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def eager_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    modulator: Callable[[Tensor], Tensor],
+    normalize: Callable[..., Tensor],
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention with the whole score matrix in memory: ``[B, H, Nq, Dv]`` and the weights after dropout.
+
+    The order of operations is that of Transformers' eager attention, so that with an identity modulator the float32
+    results are the same bit for bit.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(q, k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    scores = modulator(scores.to(compute_dtype(scores.dtype)))
+    keep, additive = _split_mask(mask)
+    if additive is not None:
+        scores = scores + additive
+    if sinks is None:
+        weights = normalize(scores, -1, keep)
+    else:
+        weights = _normalize_with_sinks(scores, normalize, keep, sinks)
+    weights = apply_dropout(weights.to(v.dtype), p=dropout_p)
+    return torch.matmul(weights, v), weights
+
+
+def _normalize_with_sinks(
+    scores: Tensor, normalize: Callable[..., Tensor], keep: Tensor | None, sinks: Tensor
+) -> Tensor:
+    """Probabilities of the keys where each head has one more logit, its sink, that takes a share and gives nothing."""
+    sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    if keep is not None:
+        keep = torch.cat([keep.expand_as(scores), torch.ones_like(sink, dtype=torch.bool)], dim=-1)
+    return normalize(torch.cat([scores, sink], dim=-1), -1, keep)[..., :-1]
+
+
+def _split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A mask as (what to keep, what to add to the kept scores)."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask, None
+    if not mask.is_floating_point():
+        raise TypeError(
+            f"an attention mask must be boolean (True = keep) or floating point (additive), got {mask.dtype}"
+        )
+    keep = mask > torch.finfo(mask.dtype).min / 2
+    return keep, mask.masked_fill(~keep, 0.0)
+
+
+def _with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    """``mask`` and the causal mask, aligned at the last query and the last key."""
+    queries, keys = q.shape[2], k.shape[2]
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    if mask is None:
+        return causal
+    if mask.dtype == torch.bool:
+        return mask & causal
+    return mask.masked_fill(~causal, torch.finfo(mask.dtype).min)
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, dropout_p: float) -> None:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q, k and v must be [batch, heads, length, head_dim], got {shapes}")
+    if not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3] and q.shape[3] == k.shape[3]):
+        raise ValueError(f"the shapes of q, k and v do not fit together: {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"the number of query heads must be a multiple of that of key heads, got {shapes}")
+    if is_causal and q.shape[2] > k.shape[2]:
+        raise ValueError(f"is_causal needs at least as many keys as queries, got {shapes}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")

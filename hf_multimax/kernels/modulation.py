@@ -1,0 +1,86 @@
+"""The modulator sigma and its derivatives over tiles of scores that stay in the cache, in plain PyTorch.
+
+With ``f_k(x) = max(b - x, 0)**n`` or ``max(x - d, 0)**n``, the terms of sigma without their slopes, and ``e_k`` their
+derivatives without sign and factor ``n``, everything is a product with a small matrix of one row per term::
+
+    sigma(x) = x + ts @ f(x)        sigma'(x) - 1 = slopes @ e(x)
+    d/dts = f(x) @ g                d/dranges = -slopes * (e(x) @ g)
+
+so that one pass over the tile builds ``f`` and ``e`` and the rest is BLAS.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["TileModulation"]
+
+
+class TileModulation:
+    """sigma over tiles of at most ``capacity`` elements, with one set of buffers for all of them.
+
+    Call :meth:`forward` on a tile, then (with ``derivatives``) :meth:`backward` on the gradient of the same tile.
+
+    Args:
+        ranges, ts: ``[2N]`` each, in the type that the tiles have.
+        capacity: the largest tile, in elements.
+        derivatives: whether :meth:`backward` will be called.
+    """
+
+    def __init__(self, ranges: Tensor, ts: Tensor, *, capacity: int, derivatives: bool) -> None:
+        terms = ranges.numel()
+        orders = torch.arange(1, terms // 2 + 1, device=ts.device, dtype=ts.dtype)
+        signs = torch.tensor([-1.0, 1.0], device=ts.device, dtype=ts.dtype)
+        self.ranges, self.ts = ranges, ts
+        #: d sigma / d x = 1 + slopes @ e(x)
+        self.slopes = ts * torch.outer(orders, signs).flatten()
+        self._values = ts.new_empty(terms, capacity)
+        self._derivatives = ts.new_empty(terms, capacity) if derivatives else None
+        self._slope = ts.new_empty(capacity) if derivatives else None
+        self._value_sums = ts.new_zeros(terms, dtype=torch.float64)
+        self._derivative_sums = ts.new_zeros(terms, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Replace the contiguous tile ``x`` by sigma(x), in place."""
+        flat = x.view(-1)
+        values = self._values[:, : flat.numel()]
+        derivatives = None if self._derivatives is None else self._derivatives[:, : flat.numel()]
+        for n in range(1, len(self.ts) // 2 + 1):
+            pair = slice(2 * n - 2, 2 * n)
+            self._term(flat, n, values[pair], None if derivatives is None else derivatives[pair])
+        flat.addmv_(values.t(), self.ts)
+        return x
+
+    def backward(self, grad: Tensor, parameters: bool = True) -> Tensor:
+        """Replace ``grad``, the gradient of the last tile's sigma(x), by that of x, in place.
+
+        With ``parameters``, add the tile's share to what :meth:`parameter_gradients` returns.
+        """
+        flat = grad.view(-1)
+        values, derivatives = self._values[:, : flat.numel()], self._derivatives[:, : flat.numel()]
+        if parameters:
+            self._value_sums += torch.mv(values, flat)
+            self._derivative_sums += torch.mv(derivatives, flat)
+        slope = torch.mv(derivatives.t(), self.slopes, out=self._slope[: flat.numel()])
+        flat.addcmul_(flat, slope)
+        return grad
+
+    def parameter_gradients(self) -> tuple[Tensor, Tensor]:
+        """The gradients of ``ranges`` and ``ts`` over every tile so far, float64."""
+        return -self.slopes * self._derivative_sums, self._value_sums
+
+    def _term(self, x: Tensor, n: int, values: Tensor, derivatives: Tensor | None) -> None:
+        """Fill the two rows of order ``n``: relu**n into ``values``, relu**(n-1) into ``derivatives``."""
+        # order 2 needs the relu itself as derivative: compute it there and save a copy
+        relu = derivatives if n == 2 and derivatives is not None else values
+        torch.sub(self.ranges[2 * n - 2], x, out=relu[0])
+        torch.sub(x, self.ranges[2 * n - 1], out=relu[1])
+        relu.relu_()
+        if derivatives is None:
+            values.pow_(n)
+        elif n == 1:
+            torch.sign(values, out=derivatives)
+        elif n == 2:
+            torch.mul(relu, relu, out=values)
+        else:
+            torch.pow(values, n - 1, out=derivatives)
+            values.mul_(derivatives)

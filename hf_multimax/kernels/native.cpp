@@ -1,0 +1,842 @@
+// MultiMax attention for CPUs, forward and backward, in blocks: softmax(mask(sigma(softcap(q k^T * scale) + bias))) v.
+//
+// The scores of a block live in a thread's scratch only. The forward keeps a running maximum and sum per row and saves
+// their log-sum-exp; the backward recomputes the scores with keys outside, so that dk and dv have one owner. All
+// arithmetic is float32; storage may be bfloat16 or float16. Nothing depends on the number of threads except the order
+// in which partial sums of the key splits are added, and the caller fixes the number of those.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include <omp.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kMasked = -1.7014118e38f;  // half of the lowest float: scores at or below it are masked entries
+constexpr int kMaxOrder = 16;
+constexpr int64_t kKeysForward = 512, kKeysBackward = 256, kRowsBackward = 128;
+
+enum Type : int32_t { kFloat = 0, kBFloat16 = 1, kHalf = 2, kBool = 3 };
+
+}  // namespace
+
+extern "C" {
+
+// A [batch, heads, rows, columns] view; data is null where the argument is absent, strides count elements.
+struct View {
+  void* data;
+  int64_t stride[4];
+  int64_t type;
+};
+
+struct Arguments {
+  View q, k, v, out, grad_out, bias, mask, grad_k, grad_v;
+  float* out32;       // [splits, batch, heads, rows, value_dim] (forward, may be null), [batch, heads, ...] (backward)
+  float* lse;         // [splits, batch, heads, rows] (forward), [batch, heads, rows] (backward)
+  float* delta;       // [batch, heads, rows]: rowsum(out * grad_out), written by the backward
+  float* grad_q;      // [splits, batch, heads, rows, dim], zeros on entry
+  float* grad_bias;   // contiguous, zeros on entry; null where not wanted
+  double* grad_scalars;  // [splits, batch, heads, 4 order + 2]: ranges, ts, scale, shift; null where not wanted
+  const float* ranges;   // [1 or heads, 2 order]
+  const float* ts;
+  const float* affine;  // [1 or heads, 2], null where absent
+  const float* sinks;   // [heads], null where absent
+  void* sgemm;
+  int64_t grad_bias_stride[4];
+  int64_t batch, heads, kv_heads, rows, keys, dim, value_dim, order;
+  int64_t parameter_stride, affine_stride;  // elements from one head to the next, 0 where shared
+  int64_t causal, window;                   // window -1: none
+  int64_t row_block, splits, threads, seed;
+  double scale, softcap, dropout;  // softcap 0: none
+};
+
+}  // extern "C"
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------- vectors
+
+inline vf splat(float x) { return x - vf{}; }
+
+inline vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+template <class To, class From>
+inline To bits(From x) {
+  To y;
+  static_assert(sizeof x == sizeof y, "same size");
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+inline vf relu(vf a) { return max(a, vf{}); }
+
+inline float sum(vf v) {
+  float s = 0;
+  for (int i = 0; i < W; ++i) s += v[i];
+  return s;
+}
+
+inline float highest(vf v) {
+  float m = v[0];
+  for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// x = n log(2) + r with |r| <= log(2) / 2: power = 2^n, result = e^r - 1. NaN stays NaN.
+inline vf exp_parts(vf x, vf& power) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  vf t = x * 1.44269504f + magic;
+  vf n = t - magic;
+  vf r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  power = bits<vf>((bits<vi>(t) << 23) + (127 << 23));
+  vf p = r * 1.98412698e-4f + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  return (p * r) * r + r;
+}
+
+// e^x for x <= 88, 0 below -88 and at minus infinity
+inline vf exp_(vf x) {
+  vf power;
+  x = x < -88.0f ? splat(-88.0f) : x;
+  vf r = exp_parts(x, power);
+  return r * power + power;
+}
+
+// tanh(x) = (e^2|x| - 1) / (e^2|x| + 1) with the sign of x, from e^r - 1 so that nothing cancels near zero
+inline vf tanh_(vf x) {
+  vf power, a = x < 0.0f ? -x : x;
+  a = a > 10.0f ? splat(10.0f) : a;
+  vf r = exp_parts(2.0f * a, power);
+  vf e = r * power + (power - 1.0f);
+  vf t = e / (e + 2.0f);
+  return x < 0.0f ? -t : t;
+}
+
+// ---------------------------------------------------------------------------------------------------- storage
+
+inline float half_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
+  if (rest >= 0x7c00) return bits<float>(sign | 0x7f800000 | ((rest & 0x3ff) << 13));
+  return bits<float>(bits<uint32_t>(bits<float>(rest << 13) * 0x1p112f) | sign);
+}
+
+inline uint16_t float_to_half(float f) {
+  uint32_t x = bits<uint32_t>(f), sign = (x >> 16) & 0x8000, a = x & 0x7fffffff;
+  if (a > 0x7f800000) return sign | 0x7e00;
+  if (a >= 0x477ff000) return sign | 0x7c00;
+  if (a < 0x38800000) return sign | uint16_t(bits<uint32_t>(bits<float>(a) + 0.5f) - 0x3f000000);
+  return sign | uint16_t((a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13);
+}
+
+inline uint16_t float_to_bfloat16(float f) {
+  uint32_t x = bits<uint32_t>(f);
+  uint32_t rounded = (x + 0x7fff + ((x >> 16) & 1)) >> 16;
+  return f != f ? 0x7fc0 : rounded;
+}
+
+inline int64_t size_of(int64_t type) { return type == kFloat ? 4 : type == kBool ? 1 : 2; }
+
+inline const char* at(const View& t, int64_t b, int64_t h, int64_t i, int64_t j) {
+  return static_cast<const char*>(t.data) +
+         size_of(t.type) * (b * t.stride[0] + h * t.stride[1] + i * t.stride[2] + j * t.stride[3]);
+}
+
+// n elements of any floating type and stride as floats
+void read(const char* from, int64_t type, int64_t stride, int64_t n, float* to) {
+  if (type == kFloat) {
+    const float* p = reinterpret_cast<const float*>(from);
+    if (stride == 1) {
+      std::memcpy(to, p, n * sizeof(float));
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = p[i * stride];
+    }
+    return;
+  }
+  const uint16_t* p = reinterpret_cast<const uint16_t*>(from);
+  if (type == kBFloat16) {
+    if (stride == 1) {
+      for (int64_t i = 0; i < n; ++i) to[i] = bits<float>(uint32_t(p[i]) << 16);
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = bits<float>(uint32_t(p[i * stride]) << 16);
+    }
+    return;
+  }
+  int64_t i = 0;
+#if defined(__F16C__)
+  if (stride == 1) {
+    for (; i + 8 <= n; i += 8) {
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = half_to_float(p[i * stride]);
+}
+
+// n floats into a contiguous row of a floating type
+void write(const float* from, int64_t n, int64_t type, char* to) {
+  if (type == kFloat) {
+    std::memcpy(to, from, n * sizeof(float));
+    return;
+  }
+  uint16_t* p = reinterpret_cast<uint16_t*>(to);
+  int64_t i = 0;
+  if (type == kBFloat16) {
+    for (; i < n; ++i) p[i] = float_to_bfloat16(from[i]);
+    return;
+  }
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+  }
+#endif
+  for (; i < n; ++i) p[i] = float_to_half(from[i]);
+}
+
+struct Matrix {
+  const float* data;
+  int64_t stride;
+};
+
+// Rows [start, start + count) of one head as floats: in place where they are floats already, else converted.
+Matrix rows_of(const View& t, int64_t b, int64_t h, int64_t start, int64_t count, int64_t columns, float* scratch) {
+  if (t.type == kFloat) return {reinterpret_cast<const float*>(at(t, b, h, start, 0)), t.stride[2]};
+  for (int64_t i = 0; i < count; ++i) read(at(t, b, h, start + i, 0), t.type, 1, columns, scratch + i * columns);
+  return {scratch, columns};
+}
+
+// A thread's scratch memory, kept between calls: it depends on block sizes and head dimensions only.
+class Scratch {
+ public:
+  float* reserve(int64_t count) {
+    if (count > size_) {
+      std::free(data_);
+      data_ = static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64));
+      size_ = data_ ? count : 0;
+      if (!data_) std::abort();
+    }
+    return data_;
+  }
+  ~Scratch() { std::free(data_); }
+
+ private:
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+thread_local Scratch scratch_memory;
+
+// Hands out pieces of the scratch, each aligned to a cache line.
+class Pieces {
+ public:
+  float* operator()(int64_t count) {
+    int64_t start = used_;
+    used_ += (count + 15) / 16 * 16;
+    return base_ ? base_ + start : nullptr;
+  }
+  void allocate() { base_ = scratch_memory.reserve(used_), used_ = 0; }
+
+ private:
+  float* base_ = nullptr;
+  int64_t used_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------------- products
+
+using Sgemm = void (*)(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
+                       const int*, const float*, const int*, const float*, float*, const int*);
+
+// c[m, n] = alpha a b + beta c, row-major; a is stored [k, m] where ta, b is stored [n, k] where tb
+void multiply(const Arguments& g, bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha, Matrix a, Matrix b,
+              float beta, float* c, int64_t ldc) {
+  const int mi = int(m), ni = int(n), ki = int(k), la = int(a.stride), lb = int(b.stride), lc = int(ldc);
+  reinterpret_cast<Sgemm>(g.sgemm)(tb ? "T" : "N", ta ? "T" : "N", &ni, &mi, &ki, &alpha, b.data, &lb, a.data, &la,
+                                   &beta, c, &lc);
+}
+
+// scores[j] = alpha q . k_j: one query row is a stream over the keys, which a matrix product does not do well
+void dot_rows(const float* q, Matrix k, int64_t n, int64_t dim, float alpha, float* scores) {
+  for (int64_t j = 0; j < n; ++j) {
+    const float* row = k.data + j * k.stride;
+    vf a{}, b{};
+    int64_t d = 0;
+    for (; d + 2 * W <= dim; d += 2 * W) {
+      a += load(q + d) * load(row + d);
+      b += load(q + d + W) * load(row + d + W);
+    }
+    float s = sum(a + b);
+    for (; d < dim; ++d) s += q[d] * row[d];
+    scores[j] = alpha * s;
+  }
+}
+
+// out += sum_j p_j v_j
+void add_rows(const float* p, Matrix v, int64_t n, int64_t dim, float* out) {
+  int64_t d = 0;
+  for (; d + 4 * W <= dim; d += 4 * W) {
+    vf a = load(out + d), b = load(out + d + W), c = load(out + d + 2 * W), e = load(out + d + 3 * W);
+    for (int64_t j = 0; j < n; ++j) {
+      const float* row = v.data + j * v.stride + d;
+      a += p[j] * load(row), b += p[j] * load(row + W), c += p[j] * load(row + 2 * W), e += p[j] * load(row + 3 * W);
+    }
+    store(out + d, a), store(out + d + W, b), store(out + d + 2 * W, c), store(out + d + 3 * W, e);
+  }
+  for (; d < dim; ++d) {
+    for (int64_t j = 0; j < n; ++j) out[d] += p[j] * v.data[j * v.stride + d];
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- the modulator
+
+// One head's parameters; slot n - 1 belongs to order n.
+struct Modulator {
+  int order;
+  float b[kMaxOrder], d[kMaxOrder], tb[kMaxOrder], td[kMaxOrder];
+  bool affine;
+  float scale, shift;
+
+  Modulator(const Arguments& g, int64_t head) : order(int(g.order)), affine(g.affine != nullptr) {
+    const float* r = g.ranges + head * g.parameter_stride;
+    const float* t = g.ts + head * g.parameter_stride;
+    for (int n = 0; n < order; ++n) b[n] = r[2 * n], d[n] = r[2 * n + 1], tb[n] = t[2 * n], td[n] = t[2 * n + 1];
+    scale = affine ? g.affine[head * g.affine_stride] : 1.0f;
+    shift = affine ? g.affine[head * g.affine_stride + 1] : 0.0f;
+  }
+};
+
+inline vf power(vf x, int n) {
+  vf y = x;
+  for (int i = 1; i < n; ++i) y *= x;
+  return y;
+}
+
+// sigma(x); ORDER 0 takes the order at run time
+template <int ORDER>
+inline vf modulated(const Modulator& m, vf x) {
+  vf out = x;
+  const int order = ORDER ? ORDER : m.order;
+  for (int n = 0; n < order; ++n) {
+    out += m.tb[n] * power(relu(m.b[n] - x), n + 1) + m.td[n] * power(relu(x - m.d[n]), n + 1);
+  }
+  return out;
+}
+
+// Sums over scores s of g(s) times: relu(b - s)^n, relu(s - d)^n and the derivatives of those with respect to b and -d.
+template <int ORDER>
+struct ScalarSums {
+  vf tb[ORDER ? ORDER : kMaxOrder], td[ORDER ? ORDER : kMaxOrder], b[ORDER ? ORDER : kMaxOrder],
+      d[ORDER ? ORDER : kMaxOrder];
+};
+
+// d sigma / dx; adds g times the derivatives with respect to the parameters to the sums
+template <int ORDER, bool SCALARS>
+inline vf slope(const Modulator& m, vf x, vf g, ScalarSums<ORDER>& sums) {
+  vf out = splat(1.0f);
+  const int order = ORDER ? ORDER : m.order;
+  for (int n = 0; n < order; ++n) {
+    const vf u = m.b[n] - x, w = x - m.d[n], up = relu(u), wp = relu(w);
+    vf du, dw;  // derivatives of relu(u)^(n+1) and relu(w)^(n+1)
+    if (n == 0) {
+      du = u > 0.0f ? splat(1.0f) : vf{};
+      dw = w > 0.0f ? splat(1.0f) : vf{};
+    } else {
+      du = (n + 1.0f) * power(up, n);
+      dw = (n + 1.0f) * power(wp, n);
+    }
+    out += m.td[n] * dw - m.tb[n] * du;
+    if (SCALARS) {
+      sums.tb[n] += g * power(up, n + 1);
+      sums.td[n] += g * power(wp, n + 1);
+      sums.b[n] += g * du;
+      sums.d[n] += g * dw;
+    }
+  }
+  return out;
+}
+
+// ---------------------------------------------------------------------------------------------------- rows
+
+// What one row of scores needs beside the scores: buffers of a block's width plus one vector.
+struct RowBuffers {
+  float* mask;     // values added after sigma, -infinity where masked
+  float* dropout;  // 0 or 1 / (1 - p)
+  float* capped;   // scores before the bias, for the softcap's derivative
+  float* plain;    // scores before the affine map, 0 where masked
+  float* bias;
+};
+
+struct Range {
+  int64_t low, high;
+};
+
+// The keys that rows [row, row + count) may see, as [low, high) of all keys, before any mask
+Range visible(const Arguments& g, int64_t row, int64_t count) {
+  const int64_t shift = g.keys - g.rows;
+  Range r{0, g.keys};
+  if (g.causal) r.high = std::min(r.high, row + count + shift);
+  if (g.window >= 0) {
+    r.low = std::max<int64_t>(0, row + shift - g.window + 1);
+    if (!g.causal) r.high = std::min(r.high, row + count - 1 + shift + g.window);
+  }
+  r.high = std::max(r.high, r.low);
+  return r;
+}
+
+Range clip(Range r, int64_t low, int64_t high) {
+  r.low = std::min(std::max(r.low, low), high) - low;
+  r.high = std::max(std::min(r.high, high) - low, r.low);
+  return r;
+}
+
+void mask_row(const Arguments& g, int64_t b, int64_t h, int64_t i, int64_t key, int64_t n, float* to) {
+  const char* from = at(g.mask, b, h, i, key);
+  const int64_t stride = g.mask.stride[3];
+  if (g.mask.type == kBool) {
+    const unsigned char* p = reinterpret_cast<const unsigned char*>(from);
+    if (stride == 1) {
+      for (int64_t j = 0; j < n; ++j) to[j] = p[j] ? 0.0f : -kInfinity;
+    } else {
+      for (int64_t j = 0; j < n; ++j) to[j] = p[j * stride] ? 0.0f : -kInfinity;
+    }
+    return;
+  }
+  const float lowest = g.mask.type == kHalf ? -32752.0f : kMasked;
+  read(from, g.mask.type, stride, n, to);
+  for (int64_t j = 0; j < n; ++j) to[j] = to[j] <= lowest ? -kInfinity : to[j];
+}
+
+inline uint64_t mix(uint64_t x) {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// The dropout factors of a row: a function of (seed, head, row, key) alone, whatever the blocks
+void dropout_row(const Arguments& g, int64_t head, int64_t i, int64_t key, int64_t n, float* to) {
+  const uint64_t state = mix(mix(uint64_t(g.seed) + mix(uint64_t(head))) + uint64_t(i));
+  const uint32_t first = uint32_t(state), second = uint32_t(state >> 32);
+  const uint32_t limit = uint32_t(std::min(g.dropout * 4294967296.0, 4294967295.0));
+  const float kept = float(1.0 / (1.0 - g.dropout));
+  vu lane;
+  for (int l = 0; l < W; ++l) lane[l] = uint32_t(key + l);
+  for (int64_t j = 0; j < n; j += W) {
+    vu x = (lane + uint32_t(j)) * 0x9e3779b9u + first;
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = ((x ^ (x >> 15)) + second) * 0x846ca68bu;
+    x ^= x >> 16;
+    store(to + j, x >= limit ? splat(kept) : vf{});
+  }
+}
+
+// Raw products s[0, n) -> scores before sigma: softcap, bias, affine map. Keeps what the backward needs.
+void prepare_row(const Arguments& g, const Modulator& m, const RowBuffers& r, int64_t b, int64_t h, int64_t i,
+                 int64_t key, int64_t n, float* s) {
+  if (g.softcap > 0) {
+    const float cap = float(g.softcap), inverse = float(1.0 / g.softcap);
+    for (int64_t j = 0; j < n; j += W) {
+      vf x = cap * tanh_(load(s + j) * inverse);
+      store(s + j, x), store(r.capped + j, x);
+    }
+  }
+  if (g.bias.data) {
+    read(at(g.bias, b, h, i, key), g.bias.type, g.bias.stride[3], n, r.bias);
+    for (int64_t j = 0; j < n; j += W) store(s + j, load(s + j) + load(r.bias + j));
+  }
+  if (m.affine) {
+    for (int64_t j = 0; j < n; j += W) {
+      vf x = load(s + j);
+      vi masked = x <= kMasked;
+      store(r.plain + j, masked ? vf{} : x);
+      store(s + j, masked ? splat(-kInfinity) : m.scale * x + m.shift);
+    }
+    std::fill(r.plain + n, r.plain + n + W, 0.0f);
+  }
+  for (int64_t j = n; j < n + W; ++j) s[j] = -kInfinity;
+}
+
+// Scores -> modulated and masked scores in place; returns the largest
+template <int ORDER>
+float modulate_row(const Modulator& m, const float* mask, int64_t n, float* s) {
+  const Modulator local = m;
+  vf top = splat(-kInfinity);
+  if (!mask) {
+    for (int64_t j = 0; j < n; j += W) {
+      vf x = load(s + j);
+      vf y = x <= kMasked ? splat(-kInfinity) : modulated<ORDER>(local, x);
+      top = max(y, top);
+      store(s + j, y);
+    }
+  } else {
+    for (int64_t j = 0; j < n; j += W) {
+      vf x = load(s + j), a = load(mask + j);
+      vf y = modulated<ORDER>(local, x) + a;
+      y = a == -kInfinity ? a : y;
+      y = x <= kMasked ? splat(-kInfinity) : y;
+      top = max(y, top);
+      store(s + j, y);
+    }
+  }
+  return highest(top);
+}
+
+// s -> exp(s - top) in place; returns the sum
+float exponentials(float top, int64_t n, float* s) {
+  vf total{};
+  for (int64_t j = 0; j < n; j += W) {
+    vf p = exp_(load(s + j) - top);
+    total += p;
+    store(s + j, p);
+  }
+  return sum(total);
+}
+
+bool has_nan(const float* s, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    if (s[j] != s[j]) return true;
+  }
+  return false;
+}
+
+void fill_outside(float* s, Range inside, int64_t n) {
+  std::fill(s, s + inside.low, 0.0f);
+  std::fill(s + inside.high, s + n, 0.0f);
+}
+
+RowBuffers row_buffers(Pieces& piece, int64_t width) {
+  return {piece(width), piece(width), piece(width), piece(width), piece(width)};
+}
+
+// ---------------------------------------------------------------------------------------------------- forward
+
+template <int ORDER>
+void forward_block(const Arguments& g, int64_t b, int64_t h, int64_t row, int64_t split) {
+  const int64_t rows = std::min(g.row_block, g.rows - row), dim = g.dim, value_dim = g.value_dim;
+  const int64_t width = kKeysForward + W, kv = h * g.kv_heads / g.heads;
+  Pieces piece;
+  float *scores, *acc, *top, *total, *q_scratch, *k_scratch, *v_scratch;
+  RowBuffers buffers;
+  for (int pass = 0; pass < 2; ++pass) {
+    scores = piece(rows * width), acc = piece(rows * value_dim), top = piece(rows), total = piece(rows);
+    q_scratch = piece(rows * dim), k_scratch = piece(kKeysForward * dim), v_scratch = piece(kKeysForward * value_dim);
+    buffers = row_buffers(piece, width);
+    if (!pass) piece.allocate();
+  }
+  const Modulator m(g, h);
+  const Matrix q = rows_of(g.q, b, h, row, rows, dim, q_scratch);
+  std::fill(acc, acc + rows * value_dim, 0.0f);
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool sink = g.sinks && split == 0;
+    top[i] = sink ? g.sinks[h] : -kInfinity;
+    total[i] = sink && top[i] > -kInfinity ? 1.0f : 0.0f;
+  }
+
+  const Range own{split * g.keys / g.splits, (split + 1) * g.keys / g.splits};
+  Range all = visible(g, row, rows);
+  all = {std::max(all.low, own.low), std::min(all.high, own.high)};
+  for (int64_t key = all.low; key < all.high; key += kKeysForward) {
+    const int64_t keys = std::min(kKeysForward, all.high - key);
+    const Matrix k = rows_of(g.k, b, kv, key, keys, dim, k_scratch);
+    if (rows == 1) {
+      dot_rows(q.data, k, keys, dim, float(g.scale), scores);
+    } else {
+      multiply(g, false, true, rows, keys, dim, float(g.scale), q, k, 0.0f, scores, width);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      float* line = scores + i * width;
+      const Range in = clip(visible(g, row + i, 1), key, key + keys);
+      float* s = line + in.low;
+      const int64_t n = in.high - in.low, first = key + in.low;
+      if (n > 0) {
+        prepare_row(g, m, buffers, b, h, row + i, first, n, s);
+        if (g.mask.data) mask_row(g, b, h, row + i, first, n, buffers.mask);
+        float best = modulate_row<ORDER>(m, g.mask.data ? buffers.mask : nullptr, n, s);
+        // A maximum skips NaN. Without anything else in the row, NaN must not pass for an empty row.
+        if (!(best > -kInfinity) && has_nan(s, n)) best = std::numeric_limits<float>::quiet_NaN();
+        const float next = best <= top[i] ? top[i] : best;
+        if (next == -kInfinity) {
+          std::fill(s, s + n, 0.0f);
+        } else {
+          if (next != top[i]) {
+            const float shrink = top[i] == -kInfinity ? 0.0f : std::exp(top[i] - next);
+            total[i] *= shrink;
+            for (int64_t d = 0; d < value_dim; ++d) acc[i * value_dim + d] *= shrink;
+            top[i] = next;
+          }
+          total[i] += exponentials(next, n, s);
+          if (g.dropout > 0) {
+            dropout_row(g, b * g.heads + h, row + i, first, n, buffers.dropout);
+            for (int64_t j = 0; j < n; ++j) s[j] *= buffers.dropout[j];
+          }
+        }
+      }
+      fill_outside(line, in, keys);
+    }
+    const Matrix v = rows_of(g.v, b, kv, key, keys, value_dim, v_scratch);
+    if (rows == 1) {
+      add_rows(scores, v, keys, value_dim, acc);
+    } else {
+      multiply(g, false, false, rows, value_dim, keys, 1.0f, {scores, width}, v, 1.0f, acc, value_dim);
+    }
+  }
+
+  const int64_t line = ((split * g.batch + b) * g.heads + h) * g.rows + row;
+  for (int64_t i = 0; i < rows; ++i) {
+    const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
+    float* a = acc + i * value_dim;
+    for (int64_t d = 0; d < value_dim; ++d) a[d] *= inverse;
+    g.lse[line + i] = total[i] == 0.0f ? -kInfinity : top[i] + std::log(total[i]);
+    if (g.out32) std::memcpy(g.out32 + (line + i) * value_dim, a, value_dim * sizeof(float));
+    if (g.splits == 1) write(a, value_dim, g.out.type, const_cast<char*>(at(g.out, b, h, row + i, 0)));
+  }
+}
+
+template <int ORDER>
+void forward(const Arguments& g) {
+  const int64_t blocks = (g.rows + g.row_block - 1) / g.row_block;
+  const int64_t items = g.batch * g.heads * blocks * g.splits;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(std::min(g.threads, items)))
+  for (int64_t item = 0; item < items; ++item) {
+    const int64_t split = item % g.splits, block = item / g.splits % blocks, head = item / (g.splits * blocks);
+    // later rows see more keys under a causal mask: the longest first
+    forward_block<ORDER>(g, head / g.heads, head % g.heads, (blocks - 1 - block) * g.row_block, split);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- backward
+
+struct BackwardBuffers {
+  float *p, *dp, *q, *k, *v, *grad_out, *grad_k, *grad_v;
+  RowBuffers row;
+};
+
+// One row: products s and dp = grad_out v^T -> probabilities in s (with dropout) and gradients of the products in dp
+template <int ORDER, bool SCALARS>
+void backward_row(const Modulator& m, const float* mask, const float* dropout, float lse, float delta, int64_t n,
+                  float* s, float* dp, ScalarSums<ORDER>& sums) {
+  const Modulator local = m;
+  for (int64_t j = 0; j < n; j += W) {
+    const vf x = load(s + j);
+    vi masked = x <= kMasked;
+    vf y = modulated<ORDER>(local, x);
+    if (mask) {
+      const vf a = load(mask + j);
+      y += a;
+      masked |= a == -kInfinity;
+    }
+    vf p = masked ? vf{} : exp_(y - lse);
+    vf drop = dropout ? load(dropout + j) : splat(1.0f);
+    vf g = masked ? vf{} : p * (load(dp + j) * drop - delta);
+    vf safe = masked ? vf{} : x;  // 0 times infinity is NaN
+    store(s + j, p * drop);
+    store(dp + j, g * slope<ORDER, SCALARS>(local, safe, g, sums));
+  }
+}
+
+// The derivatives of what prepare_row did, last step first
+void unprepare_row(const Arguments& g, const Modulator& m, const RowBuffers& r, int64_t b, int64_t h, int64_t i,
+                   int64_t key, int64_t n, float* ds, vf* affine_sums) {
+  if (m.affine) {
+    for (int64_t j = 0; j < n; j += W) {
+      vf d = load(ds + j);
+      affine_sums[0] += d * load(r.plain + j);
+      affine_sums[1] += d;
+      store(ds + j, d * m.scale);
+    }
+  }
+  if (g.grad_bias) {
+    const int64_t* stride = g.grad_bias_stride;
+    float* to = g.grad_bias + b * stride[0] + h * stride[1] + i * stride[2] + key;
+    for (int64_t j = 0; j < n; ++j) to[j] += ds[j];
+  }
+  if (g.softcap > 0) {
+    const float inverse = float(1.0 / g.softcap);
+    for (int64_t j = 0; j < n; j += W) {
+      vf t = load(r.capped + j) * inverse;
+      store(ds + j, load(ds + j) * (1.0f - t * t));
+    }
+  }
+}
+
+template <int ORDER>
+void add_scalars(const Modulator& m, const ScalarSums<ORDER>& sums, const vf* affine_sums, double* to) {
+  const int order = m.order;
+  for (int n = 0; n < order; ++n) {
+    to[2 * n] += double(m.tb[n]) * sum(sums.b[n]);
+    to[2 * n + 1] -= double(m.td[n]) * sum(sums.d[n]);
+    to[2 * order + 2 * n] += sum(sums.tb[n]);
+    to[2 * order + 2 * n + 1] += sum(sums.td[n]);
+  }
+  to[4 * order] += sum(affine_sums[0]);
+  to[4 * order + 1] += sum(affine_sums[1]);
+}
+
+// One block of keys against one block of rows of one head
+template <int ORDER, bool SCALARS>
+void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffers& t, int64_t b, int64_t h, int64_t row,
+                    int64_t key, Matrix k, Matrix v, int64_t block_keys, int64_t split) {
+  const int64_t rows = std::min(kRowsBackward, g.rows - row), width = kKeysBackward + W;
+  const Range all = clip(visible(g, row, rows), key, key + block_keys);
+  // whole rows of the block are computed from its first key on, so that k, v and their gradients share an origin
+  const int64_t keys = all.high;
+  if (all.high <= all.low) return;
+  const float scale = float(g.scale);
+  const Matrix q = rows_of(g.q, b, h, row, rows, g.dim, t.q);
+  const Matrix grad_out = rows_of(g.grad_out, b, h, row, rows, g.value_dim, t.grad_out);
+  multiply(g, false, true, rows, keys, g.dim, scale, q, k, 0.0f, t.p, width);
+  multiply(g, false, true, rows, keys, g.value_dim, 1.0f, grad_out, v, 0.0f, t.dp, width);
+
+  ScalarSums<ORDER> sums;
+  if (SCALARS) std::memset(&sums, 0, sizeof sums);
+  vf affine_sums[2] = {};
+  const int64_t line = (b * g.heads + h) * g.rows + row;
+  for (int64_t i = 0; i < rows; ++i) {
+    Range in = clip(visible(g, row + i, 1), key, key + keys);
+    if (g.lse[line + i] == -kInfinity) in = {0, 0};
+    float *s = t.p + i * width + in.low, *ds = t.dp + i * width + in.low;
+    const int64_t n = in.high - in.low, first = key + in.low;
+    if (n > 0) {
+      prepare_row(g, m, t.row, b, h, row + i, first, n, s);
+      std::fill(ds + n, ds + n + W, 0.0f);
+      if (g.mask.data) mask_row(g, b, h, row + i, first, n, t.row.mask);
+      if (g.dropout > 0) dropout_row(g, b * g.heads + h, row + i, first, n, t.row.dropout);
+      backward_row<ORDER, SCALARS>(m, g.mask.data ? t.row.mask : nullptr, g.dropout > 0 ? t.row.dropout : nullptr,
+                                   g.lse[line + i], g.delta[line + i], n, s, ds, sums);
+      unprepare_row(g, m, t.row, b, h, row + i, first, n, ds, affine_sums);
+    }
+    fill_outside(t.p + i * width, in, keys);
+    fill_outside(t.dp + i * width, in, keys);
+  }
+  if (SCALARS) {
+    const int64_t head = (split * g.batch + b) * g.heads + h;
+    add_scalars<ORDER>(m, sums, affine_sums, g.grad_scalars + head * (4 * g.order + 2));
+  }
+
+  multiply(g, true, false, keys, g.value_dim, rows, 1.0f, {t.p, width}, grad_out, 1.0f, t.grad_v, g.value_dim);
+  multiply(g, true, false, keys, g.dim, rows, scale, {t.dp, width}, q, 1.0f, t.grad_k, g.dim);
+  float* grad_q = g.grad_q + (((split * g.batch + b) * g.heads + h) * g.rows + row) * g.dim;
+  multiply(g, false, false, rows, g.dim, keys, scale, {t.dp, width}, k, 1.0f, grad_q, g.dim);
+}
+
+// All rows and query heads of one key-value head against the keys of one split
+template <int ORDER>
+void backward_keys(const Arguments& g, int64_t b, int64_t kv, int64_t split) {
+  const int64_t width = kKeysBackward + W, group = g.heads / g.kv_heads;
+  Pieces piece;
+  BackwardBuffers t;
+  for (int pass = 0; pass < 2; ++pass) {
+    t.p = piece(kRowsBackward * width), t.dp = piece(kRowsBackward * width);
+    t.q = piece(kRowsBackward * g.dim), t.grad_out = piece(kRowsBackward * g.value_dim);
+    t.k = piece(kKeysBackward * g.dim), t.v = piece(kKeysBackward * g.value_dim);
+    t.grad_k = piece(kKeysBackward * g.dim), t.grad_v = piece(kKeysBackward * g.value_dim);
+    t.row = row_buffers(piece, width);
+    if (!pass) piece.allocate();
+  }
+  const int64_t end = (split + 1) * g.keys / g.splits;
+  for (int64_t key = split * g.keys / g.splits; key < end; key += kKeysBackward) {
+    const int64_t keys = std::min(kKeysBackward, end - key);
+    const Matrix k = rows_of(g.k, b, kv, key, keys, g.dim, t.k);
+    const Matrix v = rows_of(g.v, b, kv, key, keys, g.value_dim, t.v);
+    std::fill(t.grad_k, t.grad_k + keys * g.dim, 0.0f);
+    std::fill(t.grad_v, t.grad_v + keys * g.value_dim, 0.0f);
+    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+      const Modulator m(g, h);
+      for (int64_t row = 0; row < g.rows; row += kRowsBackward) {
+        if (g.grad_scalars) {
+          backward_block<ORDER, true>(g, m, t, b, h, row, key, k, v, keys, split);
+        } else {
+          backward_block<ORDER, false>(g, m, t, b, h, row, key, k, v, keys, split);
+        }
+      }
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      write(t.grad_k + j * g.dim, g.dim, g.grad_k.type, const_cast<char*>(at(g.grad_k, b, kv, key + j, 0)));
+      write(t.grad_v + j * g.value_dim, g.value_dim, g.grad_v.type, const_cast<char*>(at(g.grad_v, b, kv, key + j, 0)));
+    }
+  }
+}
+
+void compute_delta(const Arguments& g) {
+  const int64_t lines = g.batch * g.heads * g.rows;
+#pragma omp parallel num_threads(int(g.threads))
+  {
+    float* scratch = scratch_memory.reserve(g.value_dim);
+#pragma omp for schedule(static)
+    for (int64_t line = 0; line < lines; ++line) {
+      const int64_t i = line % g.rows, h = line / g.rows % g.heads, b = line / (g.rows * g.heads);
+      read(at(g.grad_out, b, h, i, 0), g.grad_out.type, 1, g.value_dim, scratch);
+      const float* out = g.out32 + line * g.value_dim;
+      double total = 0;
+      for (int64_t d = 0; d < g.value_dim; ++d) total += double(out[d]) * scratch[d];
+      g.delta[line] = float(total);
+    }
+  }
+}
+
+// Batches and heads that share a bias entry go to one thread in turn, so that its gradient has one writer.
+template <int ORDER>
+void backward(const Arguments& g) {
+  compute_delta(g);
+  const bool join_batch = g.grad_bias && g.grad_bias_stride[0] == 0, join_heads = g.grad_bias && g.grad_bias_stride[1] == 0;
+  const int64_t outer_b = join_batch ? 1 : g.batch, outer_h = join_heads ? 1 : g.kv_heads;
+  const int64_t inner_b = g.batch / outer_b, inner_h = g.kv_heads / outer_h;
+  const int64_t items = outer_b * outer_h * g.splits;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(std::min(g.threads, items)))
+  for (int64_t item = 0; item < items; ++item) {
+    const int64_t split = item % g.splits, h = item / g.splits % outer_h, b = item / (g.splits * outer_h);
+    for (int64_t i = 0; i < inner_b; ++i) {
+      for (int64_t j = 0; j < inner_h; ++j) backward_keys<ORDER>(g, b * inner_b + i, h * inner_h + j, split);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t multimax_arguments_size() { return sizeof(Arguments); }
+
+int64_t multimax_max_order() { return kMaxOrder; }
+
+void multimax_forward(const Arguments* g) {
+  if (g->order == 1) return forward<1>(*g);
+  if (g->order == 2) return forward<2>(*g);
+  forward<0>(*g);
+}
+
+void multimax_backward(const Arguments* g) {
+  if (g->order == 1) return backward<1>(*g);
+  if (g->order == 2) return backward<2>(*g);
+  backward<0>(*g);
+}
+
+}  // extern "C"

@@ -1,0 +1,776 @@
+"""MultiMax attention in tiles of whole score rows: PyTorch only, any device, memory linear in the sequence length.
+
+A tile holds all keys that a few query rows see, so that a row function (MultiMax here, any other normaliser through
+:func:`rowwise_attention`) meets complete rows. The backward pass recomputes the tiles instead of keeping them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention", "check_arguments", "rowwise_attention", "unsupported"]
+
+Affine = tuple[Tensor, Tensor]
+RowFunction = Callable[..., Tensor]
+
+#: scores in a tile: two or three such buffers of float32 stay in a core's outer caches
+TILE_ELEMENTS = 1 << 19
+#: rows of a tile under a causal mask or a window, where the scores that a tile computes in vain grow with its height
+CAUSAL_ROWS = 128
+MINUS_INFINITY = float("-inf")
+
+
+# ------------------------------------------------------------------------------------------------------ public
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    ts: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    affine: Affine | None = None,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """``softmax(mask(sigma(softcap(q k^T * scale) + bias))) v`` (paper, section 4), differentiable in every tensor.
+
+    Args:
+        q: ``[B, H, Nq, D]``; float32, float64, bfloat16 or float16, any strides.
+        k: ``[B, Hkv, Nk, D]``, H a multiple of Hkv (query head h reads head ``h // (H // Hkv)``).
+        v: ``[B, Hkv, Nk, Dv]``.
+        ranges, ts: the modulator, ``[2N]`` or ``[H, 2N]``.
+        mask: boolean (True = keep) or additive, broadcastable to ``[B, H, Nq, Nk]``. An additive entry at or below half
+            of its type's lowest value masks, any other is added after the modulation; it may require a gradient.
+        bias: added to the scores before the modulation, broadcastable to ``[B, H, Nq, Nk]``; may require a gradient.
+        affine: ``(scale, shift)``, each a scalar or ``[H]``, applied to the scores before the modulation.
+        dropout_p: probability that a weight is dropped; drawn from PyTorch's default CPU generator.
+        causal: query i sees keys up to ``i + Nk - Nq``; combines with ``mask``.
+        window: with ``causal`` the last ``window`` keys, itself included; without it keys at a distance below it.
+        scale: factor of the scores, ``D ** -0.5`` if None.
+        softcap: c in ``c * tanh(score / c)``, applied before the bias.
+        sinks: ``[H]``, extra unmodulated logits that join the denominator only.
+
+    Returns:
+        ``[B, H, Nq, Dv]`` in v's type. A row that sees nothing is zero and passes no gradient.
+
+    Raises:
+        ValueError: for shapes that do not fit, and causal or window with more queries than keys.
+        TypeError: for types that do not fit.
+    """
+    call = dict(mask=mask, bias=bias, affine=affine, dropout_p=dropout_p, causal=causal, window=window, scale=scale)
+    call.update(softcap=softcap, sinks=sinks)
+    check_arguments(q, k, v, ranges, ts, **call)
+    reason = unsupported(q, k, v, ranges, ts, **call)
+    if reason:
+        raise ValueError(f"the tiled backend does not support {reason}; use backend('eager')")
+    affine_scale, affine_shift = affine or (None, None)
+    seed = dropout_seed(dropout_p)
+    return _forward_op(
+        q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks, seed,
+        *_options(q, dropout_p, causal, window, scale, softcap),
+    )  # fmt: skip
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, ts: Tensor, **features: object) -> str | None:
+    """The first feature of this call that the backend lacks; this one has them all."""
+    return None
+
+
+def rowwise_attention(
+    row_function: RowFunction,
+    parameters: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention through any row-wise normaliser, in the same tiles, recomputed by autograd in the backward pass.
+
+    Args:
+        row_function: ``row_function(scores, keep, *parameters) -> probabilities``, differentiable in scores and
+            parameters. ``scores`` is ``[batch, H, rows, keys]`` in float32 (float64 for float64 inputs), some batch
+            elements and rows, all heads, and all keys that one of the rows may see; ``keep`` is None or boolean and
+            broadcastable to it (True = keep). It must give zero wherever ``keep`` is False or the score is minus
+            infinity.
+        parameters: tensors passed on whole; gradients flow to those that require one.
+        q, k, v, bias, dropout_p, causal, window, scale, softcap: as for :func:`attention`.
+        mask: as for :func:`attention`; the values of an additive mask are added to the scores.
+
+    Returns:
+        ``[B, H, Nq, Dv]`` in v's type.
+
+    Raises:
+        ValueError, TypeError: as :func:`attention`.
+    """
+    check_arguments(q, k, v, None, None, mask=mask, bias=bias, dropout_p=dropout_p, causal=causal, window=window)
+    options = Options(*_options(q, dropout_p, causal, window, scale, softcap))
+    seed = dropout_seed(dropout_p)
+    return _RowwiseAttention.apply(row_function, options, seed, q, k, v, mask, bias, *parameters)
+
+
+def dropout_seed(dropout_p: float) -> Tensor | None:
+    """A seed from the default CPU generator (no synchronisation on other devices); None without dropout."""
+    return torch.randint(1 << 62, (1,), dtype=torch.int64, device="cpu") if dropout_p > 0 else None
+
+
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor | None,
+    ts: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    affine: Affine | None = None,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Raise ValueError or TypeError, naming the argument, for a call that no backend could mean anything by."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be [batch, heads, length, dim], got {list(tensor.shape)}")
+        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
+            raise TypeError(f"q, k and v must share one floating type, got {q.dtype}, {k.dtype} and {v.dtype}")
+    batch, heads, rows, dim = q.shape
+    keys = k.shape[2]
+    if k.shape[0] != batch or v.shape[:3] != k.shape[:3] or k.shape[3] != dim or heads % max(k.shape[1], 1):
+        raise ValueError(
+            "q [B, H, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv] with H a multiple of Hkv do not fit "
+            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    if ranges is not None and ts is not None:
+        _check_parameters(ranges, ts, affine, sinks, heads)
+    for name, tensor in (("mask", mask), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.ndim > 4 or any(a not in (1, b) for a, b in zip(reversed(tensor.shape), (keys, rows, heads, batch))):
+            raise ValueError(f"{name} of shape {list(tensor.shape)} does not broadcast to {[batch, heads, rows, keys]}")
+        if not tensor.is_floating_point() and (name == "bias" or tensor.dtype != torch.bool):
+            raise TypeError(f"{name} must be {'boolean or ' if name == 'mask' else ''}floating point: {tensor.dtype}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if (causal or window is not None) and rows > keys:
+        raise ValueError(f"causal and window need as many keys as queries at least, got {rows} queries, {keys} keys")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive (None for no cap), got {softcap}")
+
+
+def _check_parameters(ranges: Tensor, ts: Tensor, affine: Affine | None, sinks: Tensor | None, heads: int) -> None:
+    if ranges.shape != ts.shape or ranges.ndim not in (1, 2) or ranges.shape[-1] < 2 or ranges.shape[-1] % 2:
+        raise ValueError(
+            f"ranges and ts must both be [2N] or [heads, 2N] with N >= 1, got {list(ranges.shape)} and {list(ts.shape)}"
+        )
+    if ranges.ndim == 2 and ranges.shape[0] != heads:
+        raise ValueError(f"ranges and ts have {ranges.shape[0]} heads, but q has {heads}")
+    for name, tensor in zip(("affine scale", "affine shift"), affine or ()):
+        if tensor.shape not in ((), (heads,)):
+            raise ValueError(f"{name} must be a scalar or [{heads}], got {list(tensor.shape)}")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks must be [{heads}], got {list(sinks.shape)}")
+
+
+def _options(
+    q: Tensor, dropout_p: float, causal: bool, window: int | None, scale: float | None, softcap: float | None
+) -> tuple[float, bool, int, float, float]:
+    """The plain numbers of a call, as an operator takes them: (dropout_p, causal, window or -1, scale, softcap or 0)."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return dropout_p, causal, -1 if window is None else window, scale, 0.0 if softcap is None else softcap
+
+
+# ------------------------------------------------------------------------------------------------------ tiles
+
+
+@dataclass(frozen=True)
+class Options:
+    """The plain numbers of a call; window -1 and softcap 0 mean none."""
+
+    dropout_p: float
+    causal: bool
+    window: int
+    scale: float
+    softcap: float
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some batch elements, key-value heads (with all query heads of each) and query rows, and the keys they see."""
+
+    index: int
+    batch: slice
+    kv_heads: slice
+    heads: slice
+    rows: slice
+    keys: slice
+
+    @property
+    def scores(self) -> tuple[slice, slice, slice, slice]:
+        """Where the tile lies in ``[B, H, Nq, Nk]``."""
+        return self.batch, self.heads, self.rows, self.keys
+
+
+def plan_tiles(
+    batch: int, heads: int, kv_heads: int, rows: int, keys: int, options: Options, whole_heads: bool
+) -> Iterator[Tile]:
+    """The tiles of a call: a function of its shapes alone, so that forward and backward drop the same weights."""
+    group, banded = heads // kv_heads, options.causal or options.window >= 0
+    height = min(rows, CAUSAL_ROWS) if banded else rows
+    kv_step = kv_heads
+    if not whole_heads:
+        kv_step = min(kv_heads, max(1, TILE_ELEMENTS // (group * min(height, CAUSAL_ROWS) * keys)))
+    height = min(height, max(16, TILE_ELEMENTS // (kv_step * group * keys)))
+    batch_step = max(1, TILE_ELEMENTS // (heads * rows * keys)) if kv_step == kv_heads and height == rows else 1
+    index, shift = 0, keys - rows
+    for b in range(0, batch, batch_step):
+        for h in range(0, kv_heads, kv_step):
+            h_end = min(h + kv_step, kv_heads)
+            for row in range(0, rows, height):
+                row_end = min(row + height, rows)
+                first, last = 0, keys
+                if options.causal:
+                    last = row_end + shift
+                if options.window >= 0:
+                    first = max(0, row + shift - options.window + 1)
+                    last = min(last, row_end - 1 + shift + options.window)
+                yield Tile(
+                    index,
+                    slice(b, min(b + batch_step, batch)),
+                    slice(h, h_end),
+                    slice(h * group, h_end * group),
+                    slice(row, row_end),
+                    slice(first, last),
+                )
+                index += 1
+
+
+@dataclass
+class Scores:
+    """A tile's scores ``[batch, heads, rows, keys]`` after the bias, and what comes after the modulation."""
+
+    values: Tensor
+    capped: Tensor | None  # before the bias, where a softcap is set
+    keep: Tensor | None  # boolean, broadcastable to values
+    added: Tensor | None  # an additive mask's values, 0 where it masks
+    may_be_infinite: bool
+
+
+class Problem:
+    """The inputs of a call in the type it is computed in, tile by tile."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+        options: Options, whole_heads: bool,
+    ) -> None:  # fmt: skip
+        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.q, self.k, self.v = q, _contiguous(k, self.dtype), _contiguous(v, self.dtype)
+        self.shape = (*q.shape[:3], k.shape[2])
+        self.mask = None if mask is None else mask.expand(self.shape)
+        self.bias = None if bias is None else bias.expand(self.shape)
+        self.seed = None if seed is None else int(seed)
+        self.options = options
+        self.tiles = list(plan_tiles(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], options, whole_heads))
+        self._buffers: dict[str, Tensor] = {}
+        self.may_be_infinite = bias is not None or _may_overflow(self.q, self.k, options.scale)
+
+    def buffer(self, name: str, tile: Tile) -> Tensor:
+        """A reused contiguous ``[batch, heads, rows, keys]`` buffer for the tile."""
+        shape = [axis.stop - axis.start for axis in tile.scores]
+        count = shape[0] * shape[1] * shape[2] * shape[3]
+        held = self._buffers.get(name)
+        if held is None or held.numel() < count:
+            held = self._buffers[name] = torch.empty(count, dtype=self.dtype, device=self.q.device)
+        return held[:count].view(shape)
+
+    def queries(self, x: Tensor, tile: Tile) -> Tensor:
+        """The tile's rows of a ``[B, H, Nq, *]`` tensor as ``[batch * kv_heads, group * rows, *]``."""
+        part = x[tile.batch, tile.heads, tile.rows].to(self.dtype)
+        return part.reshape(-1, part.shape[1] // _length(tile.kv_heads) * part.shape[2], part.shape[3])
+
+    def keys(self, x: Tensor, tile: Tile) -> Tensor:
+        """The tile's keys of a contiguous ``[B, Hkv, Nk, *]`` tensor as ``[batch * kv_heads, keys, *]``."""
+        return x[tile.batch, tile.kv_heads, tile.keys].flatten(0, 1)
+
+    def product(self, x: Tensor, y: Tensor, name: str, tile: Tile) -> Tensor:
+        """``x y^T`` for the tile's queries x and keys y, in the buffer ``name``."""
+        out = self.buffer(name, tile)
+        torch.bmm(x, y.mT, out=out.view(x.shape[0], x.shape[1], y.shape[1]))
+        return out
+
+    def scores(self, tile: Tile, keep_capped: bool) -> Scores:
+        """The tile's scores before the modulation."""
+        values = self.product(self.queries(self.q, tile), self.keys(self.k, tile), "scores", tile)
+        values.mul_(self.options.scale)
+        capped = None
+        if self.options.softcap:
+            values.div_(self.options.softcap).tanh_().mul_(self.options.softcap)
+            capped = values.clone() if keep_capped else None
+        if self.bias is not None:
+            values.add_(self.bias[tile.scores])
+        keep, added = self._masks(tile)
+        return Scores(values, capped, keep, added, self.may_be_infinite)
+
+    def _masks(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        keep, added = self._band(tile), None
+        if self.mask is not None:
+            mask = self.mask[tile.scores]
+            kept = mask
+            if mask.dtype != torch.bool:
+                kept = ~(mask <= torch.finfo(mask.dtype).min / 2)
+                added = mask.to(self.dtype).masked_fill(~kept, 0.0)
+            keep = kept if keep is None else keep & kept
+        return keep, added
+
+    def _band(self, tile: Tile) -> Tensor | None:
+        """Which keys causality and the window leave to each row, ``[rows, keys]``; None where it is all of them."""
+        causal, window = self.options.causal, self.options.window
+        if not causal and window < 0:
+            return None
+        device, shift = self.q.device, self.shape[3] - self.shape[2]
+        row = torch.arange(tile.rows.start + shift, tile.rows.stop + shift, device=device)[:, None]
+        key = torch.arange(tile.keys.start, tile.keys.stop, device=device)
+        keep = key <= row if causal else key < row + window
+        return keep & (key > row - window) if window >= 0 else keep
+
+    def dropout(self, tile: Tile) -> Tensor | None:
+        """The tile's dropout factors, 0 or 1 / (1 - p), the same at every call."""
+        if self.seed is None:
+            return None
+        generator = torch.Generator(self.q.device).manual_seed((self.seed + 0x9E3779B9 * tile.index) % (1 << 62))
+        kept = 1.0 - self.options.dropout_p
+        return self.buffer("dropout", tile).bernoulli_(kept, generator=generator).div_(kept)
+
+
+def _length(part: slice) -> int:
+    return part.stop - part.start
+
+
+def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous()
+
+
+def _may_overflow(q: Tensor, k: Tensor, scale: float) -> bool:
+    """Whether a score could be infinite; always yes on devices where asking would wait for the device."""
+    if q.device.type != "cpu" or not q.numel() or not k.numel():
+        return True
+    largest = q.float().abs().max().item() * k.float().abs().max().item() * q.shape[-1] * max(abs(scale), 1.0)
+    return not largest < torch.finfo(torch.float32).max / 4
+
+
+class Rows(Protocol):
+    """A row function with its derivative, in the form the tile loops call it."""
+
+    def forward(self, scores: Scores, tile: Tile, out: Tensor) -> Tensor:
+        """Probabilities of the scores; may be written into ``out``, which may be the scores themselves."""
+
+    def backward(self, scores: Scores, tile: Tile, probabilities: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients for (the scores, the added values); both arguments may be overwritten."""
+
+
+def run_forward(problem: Problem, rows: Rows, out: Tensor) -> Tensor:
+    """Attention through ``rows`` into ``out`` ``[B, H, Nq, Dv]``."""
+    for tile in problem.tiles:
+        scores = problem.scores(tile, keep_capped=False)
+        p = rows.forward(scores, tile, scores.values)
+        drop = problem.dropout(tile)
+        if drop is not None:
+            p = p.mul_(drop)
+        where = out[tile.batch, tile.heads, tile.rows]
+        product = torch.bmm(_per_kv_head(p, tile), problem.keys(problem.v, tile))
+        where.copy_(product.view(where.shape))
+    return out
+
+
+def _per_kv_head(x: Tensor, tile: Tile) -> Tensor:
+    """``[batch, heads, rows, keys]`` as ``[batch * kv_heads, group * rows, keys]``."""
+    return x.reshape(x.shape[0] * _length(tile.kv_heads), -1, x.shape[3])
+
+
+@dataclass
+class Gradients:
+    """Accumulators in the type of the computation; None where no gradient is wanted."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+
+
+def run_backward(problem: Problem, rows: Rows, grad_out: Tensor, bias: Tensor | None, mask: Tensor | None) -> Gradients:
+    """Recompute every tile and push ``grad_out`` through it; ``bias`` and ``mask`` are given where wanted."""
+    grads = Gradients(
+        q=torch.empty(problem.q.shape, dtype=problem.q.dtype, device=problem.q.device),
+        k=torch.zeros_like(problem.k),
+        v=torch.zeros_like(problem.v),
+        bias=None if bias is None else torch.zeros(bias.shape, dtype=problem.dtype, device=bias.device),
+        mask=None if mask is None else torch.zeros(mask.shape, dtype=problem.dtype, device=mask.device),
+    )
+    for tile in problem.tiles:
+        _backward_tile(problem, rows, tile, grad_out, grads)
+    return grads
+
+
+def _backward_tile(problem: Problem, rows: Rows, tile: Tile, grad_out: Tensor, grads: Gradients) -> None:
+    scores, options = problem.scores(tile, keep_capped=True), problem.options
+    p = rows.forward(scores, tile, problem.buffer("probabilities", tile))
+    q, do = problem.queries(problem.q, tile), problem.queries(grad_out, tile)
+    grad = problem.product(do, problem.keys(problem.v, tile), "gradient", tile)
+    drop, dropped = problem.dropout(tile), p
+    if drop is not None:
+        dropped = p * drop
+        grad.mul_(drop)
+    _add_product(grads.v, tile, _per_kv_head(dropped, tile).mT, do, 1.0)
+    grad, grad_added = rows.backward(scores, tile, p, grad)
+    _add_reduced(grads.mask, grad_added, tile)
+    _add_reduced(grads.bias, grad, tile)
+    if scores.capped is not None:
+        grad = grad.mul(1.0 - (scores.capped / options.softcap).square_())
+    grad = _per_kv_head(grad, tile)
+    where = grads.q[tile.batch, tile.heads, tile.rows]
+    where.copy_(torch.bmm(grad, problem.keys(problem.k, tile)).mul_(options.scale).view(where.shape))
+    _add_product(grads.k, tile, grad.mT, q, options.scale)
+
+
+def _add_product(into: Tensor, tile: Tile, x: Tensor, y: Tensor, alpha: float) -> None:
+    """Add ``alpha x y`` to the tile's keys of a contiguous ``[B, Hkv, Nk, *]`` accumulator."""
+    where = into[tile.batch, tile.kv_heads, tile.keys]
+    where.flatten(0, 1).baddbmm_(x, y, alpha=alpha) if _flattens(where) else where.add_(
+        torch.bmm(x, y).view(where.shape), alpha=alpha
+    )
+
+
+def _flattens(x: Tensor) -> bool:
+    """Whether the first two dimensions of ``x`` can be joined without a copy."""
+    return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def _add_reduced(into: Tensor | None, grad: Tensor, tile: Tile) -> None:
+    """Add a tile's gradient to an accumulator that broadcasts against ``[B, H, Nq, Nk]``."""
+    if into is None:
+        return
+    into = into.view((1,) * (4 - into.ndim) + into.shape)
+    summed = [axis for axis, size in enumerate(into.shape) if size == 1]
+    where = tuple(slice(None) if size == 1 else part for size, part in zip(into.shape, tile.scores))
+    into[where].add_(grad.sum(summed, keepdim=True) if summed else grad)
+
+
+# ------------------------------------------------------------------------------------------------------ MultiMax
+
+
+class MultiMaxRows:
+    """``softmax(sigma(scores))`` in place, with gradients for the scalars summed in float64."""
+
+    def __init__(
+        self, ranges: Tensor, ts: Tensor, scale: Tensor | None, shift: Tensor | None, sinks: Tensor | None,
+        heads: int, dtype: torch.dtype, want_scalars: bool = False,
+    ) -> None:  # fmt: skip
+        self.ranges, self.ts = (_columns(x.to(dtype)) for x in (ranges, ts))
+        self.scale, self.shift, self.sinks = (
+            None if x is None else x.to(dtype).reshape(-1, 1, 1) for x in (scale, shift, sinks)
+        )
+        self.grad_ranges, self.grad_ts = (
+            torch.zeros(heads, ranges.shape[-1], dtype=torch.float64, device=ranges.device) for _ in range(2)
+        )
+        self.grad_scale, self.grad_shift, self.grad_sinks = (
+            torch.zeros(heads, dtype=torch.float64, device=ranges.device) for _ in range(3)
+        )
+        self.want_scalars = want_scalars
+        self._sink_share: Tensor | None = None
+
+    def forward(self, scores: Scores, tile: Tile, out: Tensor) -> Tensor:
+        """See :class:`Rows`. With ``out`` apart from the scores, these are left as sigma saw them."""
+        x = scores.values
+        self._dead = self._plain = None
+        if scores.may_be_infinite:
+            self._dead = x <= torch.finfo(x.dtype).min / 2
+            x.masked_fill_(self._dead, 0.0)
+        if self.scale is not None and self.shift is not None:
+            self._plain = x.clone() if out is not x else None
+            x.mul_(_of(self.scale, tile)).add_(_of(self.shift, tile))
+        self._modulate(x, out, tile)
+        if scores.added is not None:
+            out.add_(scores.added)
+        if scores.keep is not None:
+            out.masked_fill_(~scores.keep, MINUS_INFINITY)
+        if self._dead is not None:
+            out.masked_fill_(self._dead, MINUS_INFINITY)
+        return self._softmax(out, tile, scores.keep is not None or self._dead is not None)
+
+    def _modulate(self, x: Tensor, out: Tensor, tile: Tile) -> None:
+        source = x.clone() if out is x else x
+        if out is not x:
+            out.copy_(x)
+        u = torch.empty_like(source)
+        for b, d, t_b, t_d, n in self._terms(tile):
+            for t, low in ((t_b, True), (t_d, False)):
+                (torch.sub(b, source, out=u) if low else torch.sub(source, d, out=u)).relu_()
+                _add_power(out, u, t, n)
+
+    def _softmax(self, x: Tensor, tile: Tile, may_be_empty: bool) -> Tensor:
+        empty = x.amax(-1, keepdim=True) == MINUS_INFINITY if may_be_empty else None
+        if self.sinks is not None:
+            self._sink_share = torch.sigmoid(_of(self.sinks, tile) - x.logsumexp(-1, keepdim=True))
+        torch.softmax(x, -1, out=x)
+        if empty is not None and empty.any():
+            x.masked_fill_(empty, 0.0)
+        if self._sink_share is not None:
+            x.mul_(1.0 - self._sink_share)
+        return x
+
+    def backward(self, scores: Scores, tile: Tile, probabilities: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Rows`."""
+        p = probabilities
+        delta = torch.linalg.vecdot(p, grad).unsqueeze(-1)
+        if self._sink_share is not None:
+            self._add(self.grad_sinks, tile, -(self._sink_share * delta))
+        g = grad.sub_(delta).mul_(p)
+        if scores.keep is not None:
+            g.masked_fill_(~scores.keep, 0.0)
+        if self._dead is not None:
+            g.masked_fill_(self._dead, 0.0)
+        grad_added = g.clone() if scores.added is not None else g
+        grad_x = g.mul_(self._slope(scores.values, g, tile, spare=p))
+        if self.scale is not None:
+            if self._plain is not None:
+                self._add(self.grad_scale, tile, grad_x * self._plain)
+            self._add(self.grad_shift, tile, grad_x)
+            grad_x = grad_x.mul_(_of(self.scale, tile))
+        return grad_x, grad_added
+
+    def _slope(self, x: Tensor, g: Tensor, tile: Tile, spare: Tensor) -> Tensor:
+        """d sigma / dx; adds g's share to the gradients of ranges and ts. ``spare`` is overwritten."""
+        slope, u = torch.ones_like(x), spare
+        for b, d, t_b, t_d, n in self._terms(tile):
+            for t, sign, column in ((t_b, -1.0, 2 * n - 2), (t_d, 1.0, 2 * n - 1)):
+                (torch.sub(b, x, out=u) if sign < 0 else torch.sub(x, d, out=u)).relu_()
+                if self.want_scalars:
+                    self._add(self.grad_ts[:, column], tile, g, u, n)
+                # the derivative of relu(u)^n without its factor n
+                power = u.sign_() if n == 1 else u if n == 2 else u.pow_(n - 1)
+                if self.want_scalars:
+                    self._add(self.grad_ranges[:, column], tile, g, power, 1, factor=-sign * n * t)
+                _add_power(slope, power, sign * n * t, 1)
+        return slope
+
+    def _terms(self, tile: Tile) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, int]]:
+        """(b_n, d_n, t_bn, t_dn, n), each parameter broadcastable to the tile."""
+        ranges, ts = ([_of(column, tile) for column in columns] for columns in (self.ranges, self.ts))
+        for n in range(1, len(ranges) // 2 + 1):
+            yield ranges[2 * n - 2], ranges[2 * n - 1], ts[2 * n - 2], ts[2 * n - 1], n
+
+    @staticmethod
+    def _add(
+        into: Tensor, tile: Tile, g: Tensor, u: Tensor | None = None, n: int = 0, factor: Tensor | None = None
+    ) -> None:
+        """``into[heads] += factor * sum(g u^n)`` over all but the heads."""
+        if u is not None:
+            g = torch.linalg.vecdot(g, u if n == 1 else u.square() if n == 2 else u**n).unsqueeze(-1)
+        total = g.sum(-1, keepdim=True).sum((0, 2, 3), dtype=torch.float64)
+        if factor is not None:
+            total = total * factor.double().reshape(-1)
+        into[tile.heads] += total
+
+
+def _columns(x: Tensor) -> list[Tensor]:
+    """The 2N parameters of ``[2N]`` or ``[heads, 2N]``, each a scalar or ``[heads, 1, 1]``."""
+    return [column if x.ndim == 1 else column[:, None, None] for column in x.unbind(-1)]
+
+
+def _of(x: Tensor, tile: Tile) -> Tensor:
+    """The tile's heads of a ``[heads, 1, 1]`` parameter; one that all heads share passes through."""
+    return x if x.ndim == 0 or x.shape[0] == 1 else x[tile.heads]
+
+
+def _add_power(out: Tensor, u: Tensor, t: Tensor, n: int) -> None:
+    """``out += t * u**n``; for n > 2 ``u`` is overwritten only through a temporary."""
+    if t.ndim == 0 and t.device.type == "cpu" and n <= 2:
+        value = t.item()
+        out.add_(u, alpha=value) if n == 1 else out.addcmul_(u, u, value=value)
+    else:
+        out.addcmul_(u if n == 1 else u.square() if n == 2 else u**n, t)
+
+
+def _attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    ts: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    causal: bool,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    options = Options(dropout_p, causal, window, scale, softcap)
+    problem = Problem(q, k, v, mask, bias, seed, options, whole_heads=False)
+    rows = MultiMaxRows(ranges, ts, affine_scale, affine_shift, sinks, q.shape[1], problem.dtype)
+    return run_forward(problem, rows, _empty_output(q, v))
+
+
+def _empty_output(q: Tensor, v: Tensor) -> Tensor:
+    return torch.empty((*q.shape[:3], v.shape[3]), dtype=v.dtype, device=v.device)
+
+
+_forward_op = torch.library.custom_op("hf_multimax::tiled_attention", _attention_forward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(q, k, v, *rest):
+    return _empty_output(q, v)
+
+
+@torch.library.custom_op("hf_multimax::tiled_attention_backward", mutates_args=())
+def _backward_op(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    ts: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    causal: bool,
+    window: int,
+    scale: float,
+    softcap: float,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    options = Options(dropout_p, causal, window, scale, softcap)
+    problem = Problem(q, k, v, mask, bias, seed, options, whole_heads=False)
+    scalars = needed[3] or needed[4]
+    rows = MultiMaxRows(ranges, ts, affine_scale, affine_shift, sinks, q.shape[1], problem.dtype, scalars)
+    inputs = (q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks)
+    grads = run_backward(problem, rows, grad_out, bias if needed[6] else None, mask if needed[5] else None)
+    found = (
+        grads.q, grads.k, grads.v, rows.grad_ranges, rows.grad_ts, grads.mask, grads.bias,
+        rows.grad_scale, rows.grad_shift, rows.grad_sinks,
+    )  # fmt: skip
+    return [fitted(*pair) if wanted else q.new_empty(0) for *pair, wanted in zip(found, inputs, needed)]
+
+
+def fitted(grad: Tensor, like: Tensor) -> Tensor:
+    """A gradient in its input's type and shape; one kept per head is summed where the heads share the parameter."""
+    while grad.ndim > like.ndim:
+        grad = grad.sum(0)
+    return grad.to(like.dtype)
+
+
+@_backward_op.register_fake
+def _(grad_out, q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks, *rest):
+    inputs = (q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks)
+    return fake_gradients(inputs, rest[-1])
+
+
+def fake_gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor]:
+    """Contiguous tensors shaped like the inputs that need a gradient, empty ones for the others."""
+    q = inputs[0]
+    return [x.new_empty(x.shape) if x is not None and wanted else q.new_empty(0) for x, wanted in zip(inputs, needed)]
+
+
+DIFFERENTIABLE = 10  # the leading arguments that gradients are defined for: q ... sinks
+
+
+def _save(ctx, inputs, output) -> None:
+    tensors, ctx.options = inputs[: DIFFERENTIABLE + 1], inputs[DIFFERENTIABLE + 1 :]
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad_out: Tensor):
+    needed = list(ctx.needs_input_grad[:DIFFERENTIABLE])
+    grads = _backward_op(grad_out, *ctx.saved_tensors, *ctx.options, needed)
+    absent = [None] * (1 + len(ctx.options))
+    return *(grad if wanted else None for grad, wanted in zip(grads, needed)), *absent
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+# ------------------------------------------------------------------------------------------------------ any row function
+
+
+class AutogradRows:
+    """A row function without a derivative of its own: autograd differentiates it tile by tile."""
+
+    def __init__(self, function: RowFunction, parameters: Sequence[Tensor], needed: Sequence[bool] = ()) -> None:
+        self.function = function
+        self.parameters = [x.detach().requires_grad_(wanted) for x, wanted in zip(parameters, needed)] or parameters
+        self.grads = [torch.zeros_like(x) if x.requires_grad else None for x in self.parameters]
+        self.differentiate = bool(needed) or not parameters
+        self._graph: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, scores: Scores, tile: Tile, out: Tensor) -> Tensor:
+        """See :class:`Rows`."""
+        x = scores.values if scores.added is None else scores.values + scores.added
+        if out is scores.values:
+            return self.function(x, scores.keep, *self.parameters)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            self._graph = x, self.function(x, scores.keep, *self.parameters)
+        return self._graph[1].detach()
+
+    def backward(self, scores: Scores, tile: Tile, probabilities: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Rows`."""
+        x, p = self._graph
+        wanted = [x, *(parameter for parameter in self.parameters if parameter.requires_grad)]
+        grad_x, *rest = torch.autograd.grad(p, wanted, grad, allow_unused=True, materialize_grads=True)
+        for total, part in zip((total for total in self.grads if total is not None), rest):
+            total += part
+        self._graph = None
+        return grad_x, grad_x
+
+
+class _RowwiseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, options, seed, q, k, v, mask, bias, *parameters):
+        ctx.function, ctx.options = function, options
+        ctx.save_for_backward(seed, q, k, v, mask, bias, *parameters)
+        problem = Problem(q, k, v, mask, bias, seed, options, whole_heads=True)
+        return run_forward(problem, AutogradRows(function, parameters), _empty_output(q, v))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        seed, q, k, v, mask, bias, *parameters = ctx.saved_tensors
+        _, _, _, *_qkv, need_mask, need_bias = ctx.needs_input_grad[:8]
+        problem = Problem(q, k, v, mask, bias, seed, ctx.options, whole_heads=True)
+        rows = AutogradRows(ctx.function, parameters, ctx.needs_input_grad[8:])
+        grads = run_backward(problem, rows, grad_out, bias if need_bias else None, mask if need_mask else None)
+        found = (grads.q, grads.k, grads.v, grads.mask, grads.bias, *rows.grads)
+        inputs = (q, k, v, mask, bias, *parameters)
+        return None, None, None, *(None if g is None else g.to(x.dtype) for g, x in zip(found, inputs))

@@ -1,0 +1,298 @@
+"""MultiMax attention on GPUs, in Triton: flash attention with the modulator between the scores and the softmax.
+
+Memory is linear in the sequence length, nothing is accumulated atomically, so results are bitwise reproducible. Masks
+and biases are read through their strides and never expanded. Triton itself is imported at the first call.
+
+``TRITON_INTERPRET=1``, set before the import, runs everything on CPU tensors in Triton's interpreter (slowly).
+"""
+
+import importlib.util
+import math
+import os
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention", "unsupported", "varlen_attention"]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM = 256
+
+Affine = tuple[Tensor | float, Tensor | float]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    ts: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    affine: Affine | None = None,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """MultiMax attention (paper, section 4): ``dropout(softmax(sigma(softcap(q k^T scale) + bias), mask)) v``.
+
+    Args:
+        q: ``[B, H, Nq, D]``, float32, bfloat16 or float16, any strides; D and Dv at most 256.
+        k, v: ``[B, Hkv, Nk, D]`` and ``[B, Hkv, Nk, Dv]``, of q's type; H is a multiple of Hkv.
+        ranges, ts: the modulator, ``[2N]`` or ``[H, 2N]``.
+        mask: boolean (True = keep) or additive, broadcastable to ``[B, H, Nq, Nk]``; it acts after sigma.
+        bias: floating, broadcastable to ``[B, H, Nq, Nk]``; added before sigma, differentiable.
+        affine: ``(scale, shift)``, each a scalar or ``[H]``: sigma acts on ``scale * score + shift``.
+        dropout_p: probability of dropping an attention weight; the mask is drawn again, not stored, in backward.
+        causal: query i sees keys up to ``i + Nk - Nq``.
+        window: with ``causal`` a query sees its last ``window`` keys, without it keys nearer than ``window``.
+        scale: factor of ``q k^T``, by default ``D ** -0.5``.
+        softcap: ``c * tanh(score / c)`` before the bias.
+        sinks: ``[H]`` extra logits, not modulated, that join the softmax's denominator only.
+
+    Returns:
+        ``[B, H, Nq, Dv]`` in v's type; zeros in rows that attend to nothing.
+
+    Raises:
+        ValueError: for shapes that do not fit, ``causal`` with Nq > Nk, or what :func:`unsupported` names.
+    """
+    features = dict(
+        mask=mask,
+        bias=bias,
+        affine=affine,
+        dropout_p=dropout_p,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    _refuse(unsupported(q, k, v, ranges, ts, **features))
+    _check_shapes(q, k, v, mask, bias)
+    if causal and q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"causal attention needs at least as many keys as queries, got {q.shape[2]} queries and {k.shape[2]} keys"
+        )
+    _check_scalars(q.shape[1], ranges, ts, affine, sinks, dropout_p, window)
+    return _call(q, k, v, ranges, ts, mask, bias, affine, dropout_p, causal, window, scale, softcap, sinks)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    ts: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    affine: Affine | None = None,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """:func:`attention` within each of several sequences packed along one dimension, without padding.
+
+    Args:
+        q: ``[Tq, H, D]``; k, v: ``[Tk, Hkv, D]`` and ``[Tk, Hkv, Dv]``: the tokens of all sequences, one after another.
+        cu_seqlens_q, cu_seqlens_k: ``[sequences + 1]`` int32 or int64, where each sequence starts, and the end.
+        max_seqlen_q, max_seqlen_k: lengths of the longest sequence; longer ones would be cut.
+        others: as for :func:`attention`. A causal sequence with more queries than keys gives its first rows nothing.
+
+    Returns:
+        ``[Tq, H, Dv]`` in v's type; zeros for tokens past the last sequence.
+
+    Raises:
+        ValueError: for shapes that do not fit, or what :func:`unsupported` names.
+    """
+    if any(t.ndim != 3 for t in (q, k, v)):
+        raise ValueError(
+            f"packed q, k, v must be [tokens, heads, dim], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if cu_seqlens_q.ndim != 1 or cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.numel() < 1:
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must both be [sequences + 1], "
+            f"got {list(cu_seqlens_q.shape)} and {list(cu_seqlens_k.shape)}"
+        )
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    features = dict(
+        affine=affine, dropout_p=dropout_p, causal=causal, window=window, scale=scale, softcap=softcap, sinks=sinks
+    )
+    _refuse(unsupported(q, k, v, ranges, ts, **features))
+    _check_shapes(q, k, v, None, None)
+    _check_scalars(q.shape[1], ranges, ts, affine, sinks, dropout_p, window)
+    packing = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
+    out = _call(
+        q, k, v, ranges, ts, None, None, affine, dropout_p, causal, window, scale, softcap, sinks, packing=packing
+    )
+    return out.squeeze(0).transpose(0, 1)
+
+
+def unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    ts: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    affine: Affine | None = None,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> str | None:
+    """The first feature of a call of :func:`attention` that this backend cannot do, as a short phrase; else None."""
+    device = q.device.type
+    if device == "cpu" and not _INTERPRETED:
+        return "CPU tensors"
+    if device not in ("cpu", "cuda", "meta"):
+        return f"{device} tensors"
+    if device != "meta" and not _HAS_TRITON:
+        return "no Triton installation"
+    if q.dtype not in _DTYPES:
+        return f"{str(q.dtype).removeprefix('torch.')} tensors"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return "q, k and v of different types"
+    if max(q.shape[-1], v.shape[-1]) > _MAX_HEAD_DIM:
+        return f"head dimensions above {_MAX_HEAD_DIM}"
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        return "a gradient for the mask"
+    return None
+
+
+def _refuse(feature: str | None) -> None:
+    if feature is not None:
+        raise ValueError(
+            f'the triton backend does not support {feature}; use backend("auto") or backend("tiled") for this call'
+        )
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
+    fits = (
+        q.ndim == k.ndim == v.ndim == 4
+        and k.shape[:3] == v.shape[:3]
+        and q.shape[0] == k.shape[0]
+        and q.shape[3] == k.shape[3]
+        and k.shape[1] > 0
+        and q.shape[1] % k.shape[1] == 0
+    )
+    if not fits:
+        raise ValueError(
+            "expected q [B, H, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv] with H a multiple of Hkv, "
+            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    target = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    for name, tensor in (("mask", mask), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not (tensor.is_floating_point() or (name == "mask" and tensor.dtype == torch.bool)):
+            raise ValueError(f"{name} must be floating{' or boolean' * (name == 'mask')}, got {tensor.dtype}")
+        shape = (1,) * (4 - tensor.ndim) + tuple(tensor.shape)
+        if len(shape) > 4 or any(s not in (1, t) for s, t in zip(shape, target)):
+            raise ValueError(f"{name} of shape {list(tensor.shape)} does not broadcast to {list(target)}")
+
+
+def _check_scalars(
+    heads: int,
+    ranges: Tensor,
+    ts: Tensor,
+    affine: Affine | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    window: int | None,
+) -> None:
+    if ranges.shape != ts.shape or ranges.ndim not in (1, 2) or ranges.shape[-1] < 2 or ranges.shape[-1] % 2:
+        raise ValueError(
+            f"ranges and ts must both be [2N] or [heads, 2N] with N >= 1, got {list(ranges.shape)} and {list(ts.shape)}"
+        )
+    if ranges.ndim == 2 and ranges.shape[0] != heads:
+        raise ValueError(f"ranges has {ranges.shape[0]} heads, but q has {heads}")
+    for name, value in zip(("affine scale", "affine shift"), affine or ()):
+        if isinstance(value, Tensor) and tuple(value.shape) not in ((), (heads,)):
+            raise ValueError(f"{name} must be a scalar or [{heads}], got {list(value.shape)}")
+    if sinks is not None and tuple(sinks.shape) != (heads,):
+        raise ValueError(f"sinks must be [{heads}], got {list(sinks.shape)}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    ts: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    affine: Affine | None,
+    dropout_p: float,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    packing: tuple[Tensor | None, Tensor | None, int, int] | None = None,
+) -> Tensor:
+    """Draw a seed, fill in defaults and run the operator."""
+    affine_scale, affine_shift = (_as_tensor(a, q.device) for a in affine or (None, None))
+    # A tensor, so that compiled graphs draw a new one each time and nothing waits for the device.
+    seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
+    cu_q, cu_k, max_q, max_k = packing or (None, None, q.shape[2], k.shape[2])
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if q.shape[-1] == 0:
+        scale = 1.0 if math.isinf(scale) else scale
+    out, _ = _forward(
+        q,
+        k,
+        v,
+        ranges.contiguous(),
+        ts.contiguous(),
+        affine_scale,
+        affine_shift,
+        sinks,
+        mask,
+        bias,
+        seed,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        dropout_p,
+        causal,
+        window,
+        scale,
+        softcap,
+    )
+    return out
+
+
+def _as_tensor(value: Tensor | float | None, device: torch.device) -> Tensor | None:
+    return value if value is None or isinstance(value, Tensor) else torch.tensor(float(value), device=device)
+
+
+# --- operators ---------------------------------------------------------------------------------------------------
+
+
+def _outputs(q: Tensor, v: Tensor, zeros: bool = False) -> tuple[Tensor, Tensor]:
+    """Buffers for the output, laid out as ``[B, Nq, H, Dv]`` so that merging the heads is a view, and for lse."""
+    batch, heads, n_rows, _ = q.shape
+    make = torch.zeros if zeros else torch.empty
+    o = make(batch, n_rows, heads, v.shape[-1], dtype=v.dtype, device=v.device).transpose(1, 2)
+    return o, make(batch, heads, n_rows, dtype=torch.float32, device=q.device)

@@ -1,0 +1,491 @@
+"""Backward pass of MultiMax attention in Triton: probabilities are recomputed, nothing is accumulated atomically.
+
+Order of the launches: :func:`dq_kernel` (also delta and the scalars' partial sums), then :func:`dkdv_kernel` and
+:func:`bias_kernel`, which read delta.
+"""
+
+import triton
+import triton.language as tl
+
+from hf_multimax.kernels.triton_common import (
+    LN2,
+    LOG2E,
+    add_vectors,
+    dot,
+    dropout_keep,
+    head_base,
+    key_bounds,
+    load_affine,
+    load_modulator,
+    load_rows,
+    probabilities,
+    query_bounds,
+    scalar_moments,
+    span,
+    store_rows,
+    zero_vectors,
+)
+
+
+@triton.jit
+def _store_scalar_gradients(partial, sums, modulator, AFFINE: tl.constexpr, ORDER: tl.constexpr):
+    """One program's gradients, laid out as ranges [2N], ts [2N], then scale and shift of the affine map."""
+    b, d, t_b, t_d = modulator
+    fold = LN2
+    for n in tl.static_range(ORDER):
+        tl.store(partial + 2 * n, (n + 1) * t_b[n] * tl.sum(sums[4 * n + 2], 0))
+        tl.store(partial + (2 * n + 1), -(n + 1) * t_d[n] * tl.sum(sums[4 * n + 3], 0))
+        tl.store(partial + (2 * ORDER + 2 * n), fold * tl.sum(sums[4 * n], 0))
+        tl.store(partial + (2 * ORDER + 2 * n + 1), fold * tl.sum(sums[4 * n + 1], 0))
+        fold = fold * LN2
+    if AFFINE:
+        tl.store(partial + 4 * ORDER, tl.sum(sums[4 * ORDER], 0))
+        tl.store(partial + (4 * ORDER + 1), tl.sum(sums[4 * ORDER + 1], 0))
+
+
+@triton.jit
+def dq_kernel(
+    q,
+    k,
+    v,
+    o,
+    do,
+    dq,
+    lse,
+    delta,
+    partial,
+    ranges,
+    ts,
+    affine_scale,
+    affine_shift,
+    sinks,
+    mask,
+    bias,
+    seed,
+    cu_q,
+    cu_k,
+    s_q,
+    s_k,
+    s_v,
+    s_o,
+    s_do,
+    s_dq,
+    s_lse,
+    s_mask,
+    s_bias,
+    s_head,
+    heads,
+    group,
+    n_rows,
+    n_cols,
+    blocks,
+    threshold,
+    keep_scale,
+    scale,
+    softcap,
+    window,
+    ORDER: tl.constexpr,
+    MASK_MIN: tl.constexpr,
+    MASK_BY_ROW: tl.constexpr,
+    BIAS_BY_ROW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+    CENTRE: tl.constexpr,
+):
+    """One program per tile of queries of one head: dq, delta and, unless ``partial`` is None, scalar gradients.
+
+    CENTRE: ``o`` was rounded to a short type, so delta = rowsum(o * do) is off by up to 1e-2 of the scalars' gradients.
+    The rows' sums of the score gradients, zero in exact arithmetic, give the error back: it is taken out of the
+    scalars' sums and out of the delta that the other kernels read.
+    """
+    pid = tl.program_id(0)
+    stream = pid // blocks
+    batch, head = stream // heads, stream % heads
+    block = pid % blocks
+    if CAUSAL:
+        block = blocks - 1 - block  # the longest rows first
+    first_row, n_rows = span(cu_q, batch, n_rows)
+    first_col, n_cols = span(cu_k, batch, n_cols)
+    m0 = block * BLOCK_M
+    if m0 >= n_rows:
+        return
+    AFFINE: tl.constexpr = affine_scale is not None
+    COUNT: tl.constexpr = 4 * ORDER + 2 * (affine_scale is not None)
+    k = head_base(k, s_k, batch, head // group, first_col, cu_k)
+    v = head_base(v, s_v, batch, head // group, first_col, cu_k)
+    if mask is not None:
+        mask = head_base(mask, s_mask, batch, head, 0, None)
+    if bias is not None:
+        bias = head_base(bias, s_bias, batch, head, 0, None)
+    modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)
+    affine = load_affine(affine_scale, affine_shift, head, s_head)
+
+    rows = m0 + tl.arange(0, BLOCK_M)
+    q_base = head_base(q, s_q, batch, head, first_row, cu_q)
+    q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
+    o_base = head_base(o, s_o, batch, head, first_row, cu_q)
+    o_tile = load_rows(o_base, m0, n_rows, s_o, BLOCK_M, DV, BLOCK_DV, True)
+    do_base = head_base(do, s_do, batch, head, first_row, cu_q)
+    do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
+    lse = head_base(lse, s_lse, batch, head, first_row, cu_q)
+    delta = head_base(delta, s_lse, batch, head, first_row, cu_q)
+    row_lse = tl.load(lse + rows, mask=rows < n_rows, other=float("inf"))
+    row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    sums = zero_vectors(BLOCK_M, COUNT)
+    weights = zero_vectors(BLOCK_M, COUNT)
+    excess = tl.zeros([BLOCK_M], tl.float32)
+    bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
+    for phase in tl.static_range(3):
+        if phase > 0 or window is not None:
+            for n0 in range(bounds[phase], bounds[phase + 1], BLOCK_N):
+                cols = n0 + tl.arange(0, BLOCK_N)
+                k_tile = load_rows(k, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, phase != 1)
+                v_tile = load_rows(v, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, phase != 1)
+                qk = dot(q_tile, tl.trans(k_tile), UPCAST)
+                p, x, y, slope, chain = probabilities(
+                    qk,
+                    row_lse[:, None],
+                    (rows[:, None], cols[None, :], n_rows, n_cols),
+                    modulator,
+                    affine,
+                    scale,
+                    softcap,
+                    window,
+                    mask,
+                    s_mask,
+                    bias,
+                    s_bias,
+                    ORDER,
+                    MASK_MIN,
+                    MASK_BY_ROW,
+                    BIAS_BY_ROW,
+                    CAUSAL,
+                    phase != 1,
+                )
+                dp = dot(do_tile, tl.trans(v_tile), UPCAST)
+                if seed is not None:
+                    keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, False, BLOCK_N)
+                    dp = tl.where(keep, dp * keep_scale, 0.0)
+                g = p * (dp - row_delta[:, None])
+                if partial is not None:
+                    sums = add_vectors(sums, scalar_moments(g, x, y, slope, modulator, AFFINE, ORDER), COUNT)
+                    if CENTRE:
+                        excess += tl.sum(g, 1)
+                        found = scalar_moments(p, x, y, slope, modulator, AFFINE, ORDER)
+                        weights = add_vectors(weights, found, COUNT)
+                ds = g * slope * chain[1]
+                acc += dot(ds.to(k_tile.dtype), k_tile, UPCAST)
+
+    dq_base = head_base(dq, s_dq, batch, head, first_row, cu_q)
+    store_rows(dq_base, m0, n_rows, s_dq, acc * scale, BLOCK_M, D, BLOCK_D)
+    if partial is not None:
+        if CENTRE:
+            kept = 1.0
+            if sinks is not None:
+                kept = 1.0 - tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - row_lse)
+            exact = excess + row_delta * kept
+            error = row_delta - exact
+            corrected = ()
+            for n in tl.static_range(COUNT):
+                corrected = corrected + (sums[n] + error * weights[n],)
+            sums = corrected
+            row_delta = exact
+        place = (tl.cast(stream, tl.int64) * blocks + block) * COUNT
+        _store_scalar_gradients(partial + place, sums, modulator, AFFINE, ORDER)
+    tl.store(delta + rows, row_delta, mask=rows < n_rows)
+
+
+@triton.jit
+def dkdv_kernel(
+    q,
+    k,
+    v,
+    do,
+    dk,
+    dv,
+    lse,
+    delta,
+    ranges,
+    ts,
+    affine_scale,
+    affine_shift,
+    mask,
+    bias,
+    seed,
+    cu_q,
+    cu_k,
+    s_q,
+    s_k,
+    s_v,
+    s_do,
+    s_dk,
+    s_dv,
+    s_lse,
+    s_mask,
+    s_bias,
+    s_head,
+    heads,
+    group,
+    n_rows,
+    n_cols,
+    blocks,
+    threshold,
+    keep_scale,
+    scale,
+    softcap,
+    window,
+    ORDER: tl.constexpr,
+    MASK_MIN: tl.constexpr,
+    MASK_BY_ROW: tl.constexpr,
+    BIAS_BY_ROW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One program per tile of keys of one key head, over the queries of every head of its group.
+
+    Tiles are held transposed, [keys, queries], so that neither product needs its left operand turned.
+    """
+    pid = tl.program_id(0)
+    pair = pid // blocks
+    key_heads = heads // group
+    batch, key_head = pair // key_heads, pair % key_heads
+    first_row, n_rows = span(cu_q, batch, n_rows)
+    first_col, n_cols = span(cu_k, batch, n_cols)
+    n0 = pid % blocks * BLOCK_N
+    if n0 >= n_cols:
+        return
+    cols = n0 + tl.arange(0, BLOCK_N)
+    k_base = head_base(k, s_k, batch, key_head, first_col, cu_k)
+    v_base = head_base(v, s_v, batch, key_head, first_col, cu_k)
+    k_tile = load_rows(k_base, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, True)
+    v_tile = load_rows(v_base, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, True)
+    acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    bounds = query_bounds(n0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
+    for member in range(group):
+        head = key_head * group + member
+        stream = batch * heads + head
+        q_base = head_base(q, s_q, batch, head, first_row, cu_q)
+        do_base = head_base(do, s_do, batch, head, first_row, cu_q)
+        lse_base = head_base(lse, s_lse, batch, head, first_row, cu_q)
+        delta_base = head_base(delta, s_lse, batch, head, first_row, cu_q)
+        modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)
+        affine = load_affine(affine_scale, affine_shift, head, s_head)
+        head_mask = mask
+        if mask is not None:
+            head_mask = head_base(mask, s_mask, batch, head, 0, None)
+        head_bias = bias
+        if bias is not None:
+            head_bias = head_base(bias, s_bias, batch, head, 0, None)
+        for phase in tl.static_range(3):
+            if phase > 0 or CAUSAL or window is not None:
+                for m0 in range(bounds[phase], bounds[phase + 1], BLOCK_M):
+                    rows = m0 + tl.arange(0, BLOCK_M)
+                    q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, phase != 1)
+                    do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, phase != 1)
+                    # rows that do not exist get p = 0
+                    row_lse = tl.load(lse_base + rows, mask=rows < n_rows, other=float("inf"))
+                    row_delta = tl.load(delta_base + rows, mask=rows < n_rows, other=0.0)
+                    qk = dot(k_tile, tl.trans(q_tile), UPCAST)
+                    p, x, y, slope, chain = probabilities(
+                        qk,
+                        row_lse[None, :],
+                        (rows[None, :], cols[:, None], n_rows, n_cols),
+                        modulator,
+                        affine,
+                        scale,
+                        softcap,
+                        window,
+                        head_mask,
+                        s_mask,
+                        head_bias,
+                        s_bias,
+                        ORDER,
+                        MASK_MIN,
+                        MASK_BY_ROW,
+                        BIAS_BY_ROW,
+                        CAUSAL,
+                        phase != 1,
+                    )
+                    dp = dot(v_tile, tl.trans(do_tile), UPCAST)
+                    used = p
+                    if seed is not None:
+                        keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, True, BLOCK_N)
+                        dp = tl.where(keep, dp * keep_scale, 0.0)
+                        used = tl.where(keep, p * keep_scale, 0.0)
+                    acc_v += dot(used.to(do_tile.dtype), do_tile, UPCAST)
+                    ds = p * (dp - row_delta[None, :]) * slope * chain[1]
+                    acc_k += dot(ds.to(q_tile.dtype), q_tile, UPCAST)
+
+    dk_base = head_base(dk, s_dk, batch, key_head, first_col, cu_k)
+    dv_base = head_base(dv, s_dv, batch, key_head, first_col, cu_k)
+    store_rows(dk_base, n0, n_cols, s_dk, acc_k * scale, BLOCK_N, D, BLOCK_D)
+    store_rows(dv_base, n0, n_cols, s_dv, acc_v, BLOCK_N, DV, BLOCK_DV)
+
+
+@triton.jit
+def bias_kernel(
+    q,
+    k,
+    v,
+    do,
+    dbias,
+    lse,
+    delta,
+    ranges,
+    ts,
+    affine_scale,
+    affine_shift,
+    mask,
+    bias,
+    seed,
+    s_q,
+    s_k,
+    s_v,
+    s_do,
+    s_dbias,
+    s_lse,
+    s_mask,
+    s_bias,
+    s_head,
+    batches,
+    heads,
+    group,
+    n_rows,
+    n_cols,
+    row_blocks,
+    col_blocks,
+    threshold,
+    keep_scale,
+    scale,
+    softcap,
+    window,
+    ORDER: tl.constexpr,
+    MASK_MIN: tl.constexpr,
+    MASK_BY_ROW: tl.constexpr,
+    BIAS_BY_ROW: tl.constexpr,
+    PER_BATCH: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    PER_COL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One program per tile of the bias gradient, summed over the dimensions along which the bias was broadcast.
+
+    PER_*: the bias has that dimension; where it has not, the program loops over it, in a fixed order.
+    """
+    pid = tl.program_id(0)
+    own_cols = pid % col_blocks
+    own_rows = pid // col_blocks % row_blocks
+    pair = pid // col_blocks // row_blocks
+    head_lo = 0
+    head_hi = heads
+    batch_lo = 0
+    batch_hi = batches
+    if PER_HEAD:
+        head_lo = pair % heads
+        head_hi = head_lo + 1
+        pair = pair // heads
+    if PER_BATCH:
+        batch_lo = pair
+        batch_hi = pair + 1
+    row_lo = 0
+    row_hi = n_rows
+    if PER_ROW:
+        row_lo = own_rows * BLOCK_M
+        row_hi = tl.minimum(row_lo + BLOCK_M, n_rows)
+    col_lo = 0
+    col_hi = n_cols
+    if PER_COL:
+        col_lo = own_cols * BLOCK_N
+        col_hi = tl.minimum(col_lo + BLOCK_N, n_cols)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for batch in range(batch_lo, batch_hi):
+        for head in range(head_lo, head_hi):
+            stream = batch * heads + head
+            q_base = head_base(q, s_q, batch, head, 0, None)
+            do_base = head_base(do, s_do, batch, head, 0, None)
+            k_base = head_base(k, s_k, batch, head // group, 0, None)
+            v_base = head_base(v, s_v, batch, head // group, 0, None)
+            lse_base = head_base(lse, s_lse, batch, head, 0, None)
+            delta_base = head_base(delta, s_lse, batch, head, 0, None)
+            modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)
+            affine = load_affine(affine_scale, affine_shift, head, s_head)
+            head_bias = head_base(bias, s_bias, batch, head, 0, None)
+            head_mask = mask
+            if mask is not None:
+                head_mask = head_base(mask, s_mask, batch, head, 0, None)
+            for n0 in range(col_lo, col_hi, BLOCK_N):
+                cols = n0 + tl.arange(0, BLOCK_N)
+                k_tile = load_rows(k_base, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, True)
+                v_tile = load_rows(v_base, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, True)
+                visible = query_bounds(n0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
+                for m0 in range(tl.maximum(row_lo, visible[0]), tl.minimum(row_hi, visible[3]), BLOCK_M):
+                    rows = m0 + tl.arange(0, BLOCK_M)
+                    q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
+                    do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
+                    row_lse = tl.load(lse_base + rows, mask=rows < n_rows, other=float("inf"))
+                    row_delta = tl.load(delta_base + rows, mask=rows < n_rows, other=0.0)
+                    qk = dot(q_tile, tl.trans(k_tile), UPCAST)
+                    p, x, y, slope, chain = probabilities(
+                        qk,
+                        row_lse[:, None],
+                        (rows[:, None], cols[None, :], n_rows, n_cols),
+                        modulator,
+                        affine,
+                        scale,
+                        softcap,
+                        window,
+                        head_mask,
+                        s_mask,
+                        head_bias,
+                        s_bias,
+                        ORDER,
+                        MASK_MIN,
+                        MASK_BY_ROW,
+                        BIAS_BY_ROW,
+                        CAUSAL,
+                        True,
+                    )
+                    dp = dot(do_tile, tl.trans(v_tile), UPCAST)
+                    if seed is not None:
+                        keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, False, BLOCK_N)
+                        dp = tl.where(keep, dp * keep_scale, 0.0)
+                    acc += p * (dp - row_delta[:, None]) * slope * chain[0]
+
+    rows = row_lo + tl.arange(0, BLOCK_M)
+    cols = col_lo + tl.arange(0, BLOCK_N)
+    if not PER_ROW:
+        acc = tl.sum(acc, 0)[None, :] + tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        rows = rows + tl.where(rows > 0, n_rows, 0)  # only the first row is stored
+    if not PER_COL:
+        acc = tl.sum(acc, 1)[:, None] + tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        cols = cols + tl.where(cols > 0, n_cols, 0)
+    dbias += tl.cast(batch_lo, tl.int64) * s_dbias[0] + tl.cast(head_lo, tl.int64) * s_dbias[1]
+    tl.store(
+        dbias + tl.cast(rows, tl.int64)[:, None] * s_dbias[2] + tl.cast(cols, tl.int64)[None, :] * s_dbias[3],
+        acc.to(dbias.dtype.element_ty),
+        mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :],
+    )

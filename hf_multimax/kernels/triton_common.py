@@ -1,0 +1,394 @@
+"""Device functions that every Triton kernel of MultiMax attention shares.
+
+Scores live in the base-2 domain: ``y = log2(e) * x``, so that the softmax needs ``exp2`` alone. Thresholds and slopes
+are folded into that domain once per program; the ``max(b - y, 0)`` form of the modulator is kept because the expanded
+polynomial cancels at large thresholds.
+
+Tiles are indexed by ``rows`` (queries) and ``cols`` (keys), two index tensors that broadcast against each other. The
+dk/dv kernel holds its tiles transposed (``rows`` along the second dimension); everything here works for both.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+#: A score at or below this (log2(e) * finfo(float32).min / 2) is a masked entry.
+MASKED = tl.constexpr(-2.4547e38)
+PHILOX_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def dot(a, b, UPCAST: tl.constexpr):
+    """Matrix product in float32. ``UPCAST`` is for the interpreter, which multiplies the raw bits of bfloat16."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def span(cu_seqlens, batch, length):
+    """First token and number of tokens of sequence ``batch``: packed if ``cu_seqlens`` is given, else all."""
+    if cu_seqlens is None:
+        return 0, length
+    first = tl.load(cu_seqlens + batch)
+    return first.to(tl.int64), (tl.load(cu_seqlens + batch + 1) - first).to(tl.int32)
+
+
+@triton.jit
+def head_base(pointer, strides, batch, head, first, cu_seqlens):
+    """Address of token ``first`` of one head. Packed tensors have no batch dimension of their own."""
+    base = pointer + tl.cast(head, tl.int64) * strides[1] + first * strides[2]
+    if cu_seqlens is None:
+        base += tl.cast(batch, tl.int64) * strides[0]
+    return base
+
+
+@triton.jit
+def load_rows(
+    base, start, length, strides, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, EDGE: tl.constexpr
+):
+    """Tile [ROWS, PADDED] of the tokens from ``start``; zeros past ``length`` (checked if EDGE) and past WIDTH."""
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, PADDED)[None, :]
+    pointers = base + tl.cast(start, tl.int64) * strides[2] + rows * strides[2] + cols * strides[3]
+    if EDGE and WIDTH != PADDED:
+        return tl.load(pointers, mask=(rows < length - start) & (cols < WIDTH), other=0.0)
+    if EDGE:
+        return tl.load(pointers, mask=rows < length - start, other=0.0)
+    if WIDTH != PADDED:
+        return tl.load(pointers, mask=cols < WIDTH, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(base, start, length, strides, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Store the part of a tile [ROWS, PADDED] that exists, rounded to the destination's type."""
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, PADDED)[None, :]
+    pointers = base + tl.cast(start, tl.int64) * strides[2] + rows * strides[2] + cols * strides[3]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows < length - start) & (cols < WIDTH))
+
+
+@triton.jit
+def load_elements(pointer, strides, where, BY_ROW: tl.constexpr):
+    """Elements of a mask or bias for a tile; one vector of keys, left to broadcast, unless it differs by row."""
+    rows, cols, n_rows, n_cols = where
+    if BY_ROW:
+        pointers = pointer + rows.to(tl.int64) * strides[2] + cols.to(tl.int64) * strides[3]
+        return tl.load(pointers, mask=(rows < n_rows) & (cols < n_cols), other=0)
+    return tl.load(pointer + cols.to(tl.int64) * strides[3], mask=cols < n_cols, other=0)
+
+
+# --- the modulator -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def power(x, N: tl.constexpr):
+    out = x
+    for _ in tl.static_range(1, N):
+        out = out * x
+    return out
+
+
+@triton.jit
+def load_modulator(ranges, ts, ORDER: tl.constexpr):
+    """(b, d, t_b, t_d), each a tuple of ORDER float32 values in the base-2 domain; pointers may be tensors."""
+    b = ()
+    d = ()
+    t_b = ()
+    t_d = ()
+    fold = 1.0
+    for n in tl.static_range(ORDER):
+        b = b + (tl.load(ranges + 2 * n).to(tl.float32) * LOG2E,)
+        d = d + (tl.load(ranges + (2 * n + 1)).to(tl.float32) * LOG2E,)
+        t_b = t_b + (tl.load(ts + 2 * n).to(tl.float32) * fold,)
+        t_d = t_d + (tl.load(ts + (2 * n + 1)).to(tl.float32) * fold,)
+        fold = fold * LN2
+    return b, d, t_b, t_d
+
+
+@triton.jit
+def load_affine(scale, shift, head, s_head):
+    """(scale, shift) of a head in the base-2 domain, or (None, None)."""
+    if scale is None:
+        return None, None
+    a = tl.load(scale + head * s_head[1]).to(tl.float32)
+    return a, tl.load(shift + head * s_head[2]).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def apply_affine(y, affine):
+    if affine[0] is None:
+        return y
+    return y * affine[0] + affine[1]
+
+
+@triton.jit
+def modulate(y, modulator, ORDER: tl.constexpr):
+    """sigma in the base-2 domain."""
+    b, d, t_b, t_d = modulator
+    z = y
+    for n in tl.static_range(ORDER):
+        below = power(tl.maximum(b[n] - y, 0.0), n + 1)
+        above = power(tl.maximum(y - d[n], 0.0), n + 1)
+        z += t_b[n] * below + t_d[n] * above
+    return z
+
+
+@triton.jit
+def modulate_slope(y, modulator, ORDER: tl.constexpr):
+    """d sigma / d score, the same in either domain."""
+    b, d, t_b, t_d = modulator
+    slope = 1.0 - tl.where(y < b[0], t_b[0], 0.0) + tl.where(y > d[0], t_d[0], 0.0)
+    for n in tl.static_range(1, ORDER):
+        slope -= (n + 1) * t_b[n] * power(tl.maximum(b[n] - y, 0.0), n)
+        slope += (n + 1) * t_d[n] * power(tl.maximum(y - d[n], 0.0), n)
+    return slope
+
+
+@triton.jit
+def modulator_moments(weight, y, modulator, ORDER: tl.constexpr):
+    """Row sums that the scalar gradients are made of, a tuple of 4 * ORDER vectors.
+
+    For n = 1..ORDER: sum of weight * r^n for r = max(b_n - y, 0) and for r = max(y - d_n, 0), then the same with
+    r^(n-1) restricted to r > 0.
+    """
+    b, d, t_b, t_d = modulator
+    out = ()
+    for n in tl.static_range(ORDER):
+        below = tl.maximum(b[n] - y, 0.0)
+        above = tl.maximum(y - d[n], 0.0)
+        if n == 0:
+            weight_b = tl.where(y < b[n], weight, 0.0)
+            weight_d = tl.where(y > d[n], weight, 0.0)
+        else:
+            weight_b = weight * power(below, n)
+            weight_d = weight * power(above, n)
+        out = out + (tl.sum(weight_b * below, 1), tl.sum(weight_d * above, 1), tl.sum(weight_b, 1), tl.sum(weight_d, 1))
+    return out
+
+
+@triton.jit
+def scalar_moments(weight, x, y, slope, modulator, AFFINE: tl.constexpr, ORDER: tl.constexpr):
+    """:func:`modulator_moments` at ``x``, and for the affine map the sums of weight * slope times score and times 1."""
+    out = modulator_moments(weight, x, modulator, ORDER)
+    if AFFINE:
+        weight = weight * slope
+        out = out + (tl.sum(weight * y, 1) * LN2, tl.sum(weight, 1))
+    return out
+
+
+@triton.jit
+def zero_vectors(SIZE: tl.constexpr, COUNT: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (tl.zeros([SIZE], tl.float32),)
+    return out
+
+
+@triton.jit
+def add_vectors(a, b, COUNT: tl.constexpr):
+    out = ()
+    for n in tl.static_range(COUNT):
+        out = out + (a[n] + b[n],)
+    return out
+
+
+# --- from products of queries and keys to scores -----------------------------------------------------------------
+
+
+@triton.jit
+def tanh(x):
+    """tanh within 3e-7 relative: a polynomial near zero, where the quotient would cancel."""
+    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    far = tl.where(x < 0, -far, far)
+    s = x * x
+    # least-squares fit of (tanh(x) - x) / x^3 over s = x^2 in [0, 0.37]
+    near = -0.3333333135 + s * (0.1333288103 + s * (-0.0538680591 + s * (0.0210800171 - s * 0.0062197191)))
+    near = x + x * s * near
+    return tl.where(s < 0.36, near, far)
+
+
+@triton.jit
+def scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW: tl.constexpr):
+    """Scores before the modulator (base 2), and the soft cap's slope (1 without a cap).
+
+    ``where``: (rows, cols, number of rows, number of columns) of the tile.
+    """
+    if softcap is None:
+        y = qk * (scale * LOG2E)
+        slope = 1.0
+    else:
+        t = tanh(qk * (scale / softcap))
+        y = t * (softcap * LOG2E)
+        slope = 1.0 - t * t
+    if bias is not None:
+        y += load_elements(bias, s_bias, where, BIAS_BY_ROW).to(tl.float32) * LOG2E
+    return y, slope
+
+
+@triton.jit
+def mask_scores(
+    z,
+    y,
+    where,
+    window,
+    mask,
+    s_mask,
+    MASK_MIN: tl.constexpr,
+    MASK_BY_ROW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Modulated scores ``z`` with minus infinity at every masked entry; NaN stays NaN.
+
+    EDGE: the tile may leave the band of visible keys or the keys themselves. MASK_MIN: None for a boolean mask, else
+    the value at or below which an additive mask's entry masks.
+    """
+    rows, cols, n_rows, n_cols = where
+    hidden = y <= MASKED
+    if EDGE:
+        hidden = hidden | (cols >= n_cols)
+        position = rows + (n_cols - n_rows)
+        if CAUSAL:
+            hidden = hidden | (cols > position)
+        if window is not None:
+            hidden = hidden | (cols <= position - window)
+            if not CAUSAL:
+                hidden = hidden | (cols >= position + window)
+    if mask is not None:
+        m = load_elements(mask, s_mask, where, MASK_BY_ROW)
+        if MASK_MIN is None:
+            hidden = hidden | (m == 0)
+        else:
+            m = m.to(tl.float32)
+            hidden = hidden | (m <= MASK_MIN)
+            z += m * LOG2E
+    return tl.where(hidden, float("-inf"), z)
+
+
+@triton.jit
+def probabilities(
+    qk,
+    lse,
+    where,
+    modulator,
+    affine,
+    scale,
+    softcap,
+    window,
+    mask,
+    s_mask,
+    bias,
+    s_bias,
+    ORDER: tl.constexpr,
+    MASK_MIN: tl.constexpr,
+    MASK_BY_ROW: tl.constexpr,
+    BIAS_BY_ROW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Recompute for the backward pass: (p, x, y, slope, chain), ``lse`` broadcast like the rows.
+
+    ``y``: score, 0 where masked by minus infinity so that gradients stay finite; ``x``: the modulator's argument;
+    ``slope``: d sigma / dx; ``chain``: what d loss / dx is multiplied by for the score (affine scale) and for the
+    product of query and key (affine scale and soft cap), a pair.
+    """
+    score, cap_slope = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
+    y = tl.where(score <= MASKED, 0.0, score)
+    x = apply_affine(y, affine)
+    z = mask_scores(
+        modulate(x, modulator, ORDER), score, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, EDGE
+    )
+    p = tl.exp2(z - lse)
+    slope = modulate_slope(x, modulator, ORDER)
+    if affine[0] is None:
+        chain = (1.0, cap_slope)
+    else:
+        chain = (affine[0], affine[0] * cap_slope)
+    return p, x, y, slope, chain
+
+
+@triton.jit
+def dropout_keep(seed, threshold, row, col, stream, TRANSPOSED: tl.constexpr, COLS: tl.constexpr):
+    """Which probabilities of a tile survive dropout: counter-based, so every tiling draws the same mask.
+
+    One Philox call serves four neighbouring keys. ``row`` [R] and ``stream`` (scalar or [R]) number the queries and the
+    heads, ``col`` is the tile's first key, a multiple of 4. Returns [R, COLS], or [COLS, R] if TRANSPOSED.
+    """
+    group = col // 4 + tl.arange(0, COLS // 4)
+    ROWS: tl.constexpr = row.shape[0]
+    zero = tl.zeros([ROWS, COLS // 4], tl.uint32)
+    c0 = group[None, :].to(tl.uint32) + zero
+    c1 = row[:, None].to(tl.uint32) + zero
+    if TRANSPOSED:
+        c0 = tl.trans(c0)
+        c1 = tl.trans(c1)
+    c2 = stream.to(tl.uint32)
+    if len(c2.shape) == 1:
+        c2 = c2[:, None]
+        if TRANSPOSED:
+            c2 = tl.trans(c2)
+    zero = c0 * 0
+    r0, r1, r2, r3 = tl.philox(seed, c0, c1, c2 + zero, zero, PHILOX_ROUNDS)
+    bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).to(tl.int32, bitcast=True)
+    if TRANSPOSED:
+        bits = tl.reshape(tl.permute(bits, (0, 2, 3, 1)), (COLS, ROWS))
+    else:
+        bits = tl.reshape(bits, (ROWS, COLS))
+    return bits >= threshold
+
+
+# --- which tiles a program visits --------------------------------------------------------------------------------
+
+
+@triton.jit
+def key_bounds(m0, n_rows, n_cols, window, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(lo, full_lo, full_hi, hi): keys that queries m0.. may see; tiles in [full_lo, full_hi) need no check.
+
+    ``lo``, ``full_lo`` and ``full_hi`` are multiples of BLOCK_N.
+    """
+    first = m0 + n_cols - n_rows
+    last = tl.minimum(m0 + BLOCK_M, n_rows) - 1 + n_cols - n_rows
+    lo = first * 0
+    full_lo = lo
+    hi = n_cols
+    full_hi = n_cols
+    if CAUSAL:
+        hi = tl.minimum(hi, last + 1)
+        full_hi = tl.minimum(full_hi, first + 1)
+    if window is not None:
+        lo = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
+        full_lo = tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK_N) * BLOCK_N
+        if not CAUSAL:
+            hi = tl.minimum(hi, last + window)
+            full_hi = tl.minimum(full_hi, first + window)
+    hi = tl.maximum(hi, 0)
+    full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N, full_lo)
+    return lo, tl.minimum(full_lo, hi), full_hi, hi
+
+
+@triton.jit
+def query_bounds(n0, n_rows, n_cols, window, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(lo, full_lo, full_hi, hi) of the queries that may see keys n0..; multiples of BLOCK_M but for ``hi``."""
+    first = n0 - (n_cols - n_rows)
+    last = tl.minimum(n0 + BLOCK_N, n_cols) - 1 - (n_cols - n_rows)
+    lo = first * 0
+    full_lo = lo
+    hi = n_rows
+    full_hi = n_rows
+    if CAUSAL:
+        lo = tl.maximum(first, 0) // BLOCK_M * BLOCK_M
+        full_lo = tl.cdiv(tl.maximum(last, 0), BLOCK_M) * BLOCK_M
+    if window is not None:
+        hi = tl.minimum(hi, last + window)
+        full_hi = tl.minimum(full_hi, first + window)
+        if not CAUSAL:
+            lo = tl.maximum(first - window + 1, 0) // BLOCK_M * BLOCK_M
+            full_lo = tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK_M) * BLOCK_M
+    hi = tl.maximum(hi, 0)
+    full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_M * BLOCK_M, full_lo)
+    return lo, tl.minimum(full_lo, hi), full_hi, hi

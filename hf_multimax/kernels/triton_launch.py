@@ -1,0 +1,397 @@
+"""Host side of the Triton kernels: tile sizes, buffers and launches. Importing it needs Triton."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from hf_multimax.kernels.triton_backward import bias_kernel, dkdv_kernel, dq_kernel
+from hf_multimax.kernels.triton_forward import combine_kernel, decode_kernel, forward_kernel
+
+__all__ = ["Problem", "Tile", "backward", "forward", "tile"]
+
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+#: a call with at most this many queries per head, and at least that many keys, splits its keys over programs
+_DECODE_QUERIES, _DECODE_KEYS = 16, 32 if _INTERPRETED else 256
+_MAX_SPLITS = 64
+
+
+class Tile(NamedTuple):
+    """Queries and keys per tile, warps per program and pipeline stages of one kernel."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+# By kernel and padded head dimension. The shapes were chosen so that ptxas reports no spills for sm_90.
+_HALF = {
+    "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "short": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
+    "decode": {64: Tile(16, 128, 4, 2), 128: Tile(16, 64, 4, 2), 256: Tile(16, 64, 4, 2)},
+    "dq": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    "dkdv": {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 1)},
+    "bias": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
+}
+# Exact float32 products run on the ordinary units: small tiles, more registers per score.
+_SINGLE = {
+    "forward": {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
+    "short": {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
+    "decode": {64: Tile(16, 64, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1)},
+    "dq": {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "dkdv": {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "bias": {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+# The interpreter works tile by tile in NumPy; small ones let small tests cross their borders.
+_TINY = {
+    "forward": Tile(32, 16, 1, 1),
+    "decode": Tile(16, 16, 1, 1),
+    "dq": Tile(16, 32, 1, 1),
+    "dkdv": Tile(32, 16, 1, 1),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call. Tensors are 4-D ``[B, H, N, D]`` views; packed sequences have B = 1 and ``cu_q``, ``cu_k``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    ranges: Tensor
+    ts: Tensor
+    affine_scale: Tensor | None
+    affine_shift: Tensor | None
+    sinks: Tensor | None
+    mask: Tensor | None
+    bias: Tensor | None
+    seed: Tensor | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    max_q: int
+    max_k: int
+    dropout_p: float
+    causal: bool
+    window: int | None
+    scale: float
+    softcap: float | None
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[0] if self.cu_q is None else self.cu_q.numel() - 1
+
+    @property
+    def order(self) -> int:
+        return self.ranges.shape[-1] // 2
+
+    @property
+    def empty(self) -> bool:
+        return self.q.numel() == 0 or self.sequences == 0
+
+    def kernel_arguments(self) -> dict[str, Any]:
+        """The arguments that every attention kernel takes."""
+        (batch, heads, n_rows, d), (_, key_heads, n_cols, d_v) = self.q.shape, self.v.shape
+        shape = (batch, heads, n_rows, n_cols)
+        mask = None if self.mask is None else self.mask.expand(shape)
+        bias = None if self.bias is None else self.bias.expand(shape)
+        boolean = mask is not None and mask.dtype == torch.bool
+        return {
+            "q": self.q,
+            "k": self.k,
+            "v": self.v,
+            "ranges": self.ranges,
+            "ts": self.ts,
+            "affine_scale": self.affine_scale,
+            "affine_shift": self.affine_shift,
+            "mask": mask.view(torch.uint8) if boolean else mask,
+            "bias": bias,
+            "seed": self.seed,
+            "s_q": self.q.stride(),
+            "s_k": self.k.stride(),
+            "s_v": self.v.stride(),
+            "s_mask": (0, 0, 0, 0) if mask is None else mask.stride(),
+            "s_bias": (0, 0, 0, 0) if bias is None else bias.stride(),
+            "s_head": tuple(
+                0 if p is None or p.ndim == own else p.stride(0)
+                for p, own in ((self.ranges, 1), (self.affine_scale, 0), (self.affine_shift, 0))
+            ),
+            "heads": heads,
+            "group": heads // key_heads,
+            "n_rows": n_rows,
+            "n_cols": n_cols,
+            # the 32 random bits of a dropped score are below this, read as a signed number
+            "threshold": min(int(self.dropout_p * 2**32) - 2**31, 2**31 - 1),
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "window": self.window,
+            "ORDER": self.order,
+            "MASK_MIN": None if mask is None or boolean else torch.finfo(mask.dtype).min / 2,
+            "MASK_BY_ROW": mask is not None and mask.stride(2) != 0,
+            "BIAS_BY_ROW": bias is not None and bias.stride(2) != 0,
+            "CAUSAL": self.causal,
+            "D": d,
+            "DV": d_v,
+            "BLOCK_D": _padded(d),
+            "BLOCK_DV": _padded(d_v),
+            "UPCAST": _INTERPRETED and self.q.dtype == torch.bfloat16,
+        }
+
+    @property
+    def keep_scale(self) -> float:
+        return 1.0 / (1.0 - self.dropout_p) if self.dropout_p < 1.0 else 0.0
+
+
+def tile(kernel: str, width: int, dtype: torch.dtype, roomy: bool = True) -> Tile:
+    """Tile of a kernel ("forward", "short", "decode", "dq", "dkdv" or "bias") for head dimensions up to ``width``.
+
+    ``roomy``: the device gives a program at least 160 KiB of shared memory (compute capability 8.0 and 9.0).
+    """
+    if _INTERPRETED:
+        return _TINY.get(kernel, _TINY["forward"])
+    table = (_SINGLE if dtype == torch.float32 else _HALF)[kernel]
+    chosen = table[max(64, width)]
+    return chosen if roomy else Tile(min(chosen.m, 64), min(chosen.n, 64 if width <= 64 else 32), 4, 1)
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Output ``[B, H, Nq, Dv]`` in v's type and base-2 log-sum-exp ``[B, H, Nq]``."""
+    o, lse = empty_outputs(problem.q, problem.v, zeros=problem.cu_q is not None)
+    if problem.empty:
+        return o, lse
+    with torch.cuda.device_of(problem.q):
+        if problem.cu_q is None and problem.max_q <= _DECODE_QUERIES and problem.max_k >= _DECODE_KEYS:
+            _decode(problem, o, lse)
+        else:
+            _forward(problem, o, lse)
+    return o, lse
+
+
+def empty_outputs(q: Tensor, v: Tensor, zeros: bool = False) -> tuple[Tensor, Tensor]:
+    """Buffers for the output, laid out as ``[B, Nq, H, Dv]`` so that merging the heads is a view, and for lse.
+
+    ``zeros``: packed sequences may leave tokens at the end that belong to none.
+    """
+    batch, heads, n_rows, _ = q.shape
+    make = torch.zeros if zeros else torch.empty
+    o = make(batch, n_rows, heads, v.shape[-1], dtype=v.dtype, device=v.device).transpose(1, 2)
+    return o, make(batch, heads, n_rows, dtype=torch.float32, device=q.device)
+
+
+def backward(problem: Problem, do: Tensor, o: Tensor, lse: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    """Gradients of (q, k, v, ranges, ts, affine scale, affine shift, sinks, bias); empty where ``needs`` is False.
+
+    Deterministic: partial sums of the scalars are stored by program and reduced in float64.
+    """
+    p = problem
+    need_k, need_v, need_bias = needs[1], needs[2], needs[8]
+    need_scalars, need_sinks = any(needs[3:7]), needs[7]
+    make = torch.empty_like if p.cu_q is None else torch.zeros_like
+    dq = make(p.q)
+    delta = torch.zeros_like(lse)
+    scalars = torch.zeros(p.q.shape[1], 2 * p.ranges.shape[-1] + 2, dtype=torch.float64, device=p.q.device)
+    dk = make(p.k) if need_k or need_v else None
+    dv = make(p.v) if need_k or need_v else None
+    dbias = torch.zeros_like(p.bias, memory_format=torch.contiguous_format) if need_bias else None
+    if p.empty:
+        dk, dv = (None if t is None else t.zero_() for t in (dk, dv))
+    else:
+        with torch.cuda.device_of(p.q):
+            partial = _dq(p, do, o, lse, dq, delta, need_scalars)
+            if partial is not None:
+                scalars[:, : partial.shape[-1]] = partial.sum((0, 2), dtype=torch.float64)
+            if dk is not None:
+                _dkdv(p, do, lse, delta, dk, dv)
+            if dbias is not None:
+                _dbias(p, do, lse, delta, dbias)
+
+    size = p.ranges.shape[-1]
+    columns = (scalars[:, :size], scalars[:, size : 2 * size], scalars[:, 2 * size], scalars[:, 2 * size + 1])
+    inputs = (p.ranges, p.ts, p.affine_scale, p.affine_shift)
+    scalar_gradients = [
+        (c if c.shape == x.shape else c.sum(0)).to(x.dtype) if need else None
+        for c, x, need in zip(columns, inputs, needs[3:7])
+    ]
+    dsinks = _sink_gradient(p.sinks, lse, delta) if need_sinks else None
+    gradients = [dq, dk, dv, *scalar_gradients, dsinks, dbias]
+    nothing = p.q.new_empty(0)
+    return [g if g is not None and need else nothing.clone() for g, need in zip(gradients, needs)]
+
+
+# --- launches ----------------------------------------------------------------------------------------------------
+
+
+def _forward(p: Problem, o: Tensor, lse: Tensor) -> None:
+    arguments = p.kernel_arguments()
+    t = _tile(p, "forward" if p.max_q > 64 else "short", arguments)
+    blocks = triton.cdiv(p.max_q, t.m)
+    forward_kernel[(blocks * p.q.shape[1] * p.sequences,)](
+        **arguments,
+        o=o,
+        lse=lse,
+        sinks=p.sinks,
+        cu_q=p.cu_q,
+        cu_k=p.cu_k,
+        s_o=o.stride(),
+        s_lse=lse.stride(),
+        blocks=blocks,
+        keep_scale=p.keep_scale,
+        **_options(t),
+    )
+
+
+def _decode(p: Problem, o: Tensor, lse: Tensor) -> None:
+    arguments = p.kernel_arguments()
+    t = _tile(p, "decode", arguments)
+    batch, heads, n_rows, _ = p.q.shape
+    blocks = triton.cdiv(arguments["group"] * n_rows, t.m)
+    programs = batch * p.k.shape[1] * blocks
+    splits = max(1, min(_MAX_SPLITS, 2 * _multiprocessors(p.q.device) // programs, p.max_k // (2 * t.n)))
+    d_v = p.v.shape[-1]
+    partial = torch.empty(batch, heads, n_rows, splits, d_v, dtype=torch.float32, device=p.q.device)
+    peaks, totals = torch.empty(2, batch, heads, n_rows, splits, dtype=torch.float32, device=p.q.device)
+    decode_kernel[(programs * splits,)](
+        **arguments, partial=partial, peaks=peaks, totals=totals, blocks=blocks, splits=splits, **_options(t)
+    )
+    combine_kernel[(batch * heads * n_rows,)](
+        partial=partial,
+        peaks=peaks,
+        totals=totals,
+        o=o,
+        lse=lse,
+        sinks=p.sinks,
+        s_o=o.stride(),
+        heads=heads,
+        n_rows=n_rows,
+        splits=splits,
+        keep_scale=p.keep_scale,
+        DV=d_v,
+        BLOCK_DV=_padded(d_v),
+        BLOCK_S=triton.next_power_of_2(splits),
+    )
+
+
+def _dq(p: Problem, do: Tensor, o: Tensor, lse: Tensor, dq: Tensor, delta: Tensor, need_scalars: bool) -> Tensor | None:
+    """Fill ``dq`` and ``delta``; the scalars' partial sums ``[sequences, H, blocks, 4N (+ 2)]`` if needed."""
+    arguments = p.kernel_arguments()
+    t = _tile(p, "dq", arguments)
+    blocks, heads = triton.cdiv(p.max_q, t.m), p.q.shape[1]
+    partial = None
+    if need_scalars:
+        count = 4 * p.order + (0 if p.affine_scale is None else 2)
+        make = torch.empty if p.cu_q is None else torch.zeros  # short sequences leave programs idle
+        partial = make(p.sequences, heads, blocks, count, dtype=torch.float32, device=p.q.device)
+    dq_kernel[(blocks * heads * p.sequences,)](
+        **arguments,
+        o=o,
+        do=do,
+        dq=dq,
+        lse=lse,
+        delta=delta,
+        partial=partial,
+        sinks=p.sinks,
+        cu_q=p.cu_q,
+        cu_k=p.cu_k,
+        s_o=o.stride(),
+        s_do=do.stride(),
+        s_dq=dq.stride(),
+        s_lse=lse.stride(),
+        blocks=blocks,
+        keep_scale=p.keep_scale,
+        CENTRE=o.dtype != torch.float32,
+        **_options(t),
+    )
+    return partial
+
+
+def _dkdv(p: Problem, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+    arguments = p.kernel_arguments()
+    t = _tile(p, "dkdv", arguments)
+    blocks = triton.cdiv(p.max_k, t.n)
+    if blocks == 0:
+        return
+    dkdv_kernel[(blocks * p.k.shape[1] * p.sequences,)](
+        **arguments,
+        do=do,
+        dk=dk,
+        dv=dv,
+        lse=lse,
+        delta=delta,
+        cu_q=p.cu_q,
+        cu_k=p.cu_k,
+        s_do=do.stride(),
+        s_dk=dk.stride(),
+        s_dv=dv.stride(),
+        s_lse=lse.stride(),
+        blocks=blocks,
+        keep_scale=p.keep_scale,
+        **_options(t),
+    )
+
+
+def _dbias(p: Problem, do: Tensor, lse: Tensor, delta: Tensor, dbias: Tensor) -> None:
+    arguments = p.kernel_arguments()
+    t = _tile(p, "bias", arguments)
+    full = dbias.view((1,) * (4 - dbias.ndim) + dbias.shape)
+    batch, heads, n_rows, n_cols = full.shape
+    row_blocks, col_blocks = triton.cdiv(n_rows, t.m), triton.cdiv(n_cols, t.n)
+    bias_kernel[(batch * heads * row_blocks * col_blocks,)](
+        **arguments,
+        do=do,
+        dbias=full,
+        lse=lse,
+        delta=delta,
+        s_do=do.stride(),
+        s_dbias=full.stride(),
+        s_lse=lse.stride(),
+        batches=p.q.shape[0],
+        row_blocks=row_blocks,
+        col_blocks=col_blocks,
+        keep_scale=p.keep_scale,
+        PER_BATCH=batch > 1,
+        PER_HEAD=heads > 1,
+        PER_ROW=n_rows > 1,
+        PER_COL=n_cols > 1,
+        **_options(t),
+    )
+
+
+def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """A sink takes probability from the keys and adds nothing: its gradient is -p_sink * delta, summed over rows."""
+    log2e = 1.4426950408889634
+    share = torch.exp2(sinks.float()[:, None] * log2e - lse)
+    return -(share * delta).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
+
+
+def _tile(p: Problem, kernel: str, arguments: dict[str, Any]) -> Tile:
+    """The tile of a launch, put into its arguments."""
+    width = max(arguments["BLOCK_D"], arguments["BLOCK_DV"])
+    t = tile(kernel, width, p.q.dtype, _roomy(p.q.device))
+    arguments.update(BLOCK_M=t.m, BLOCK_N=t.n)
+    return t
+
+
+def _options(t: Tile) -> dict[str, Any]:
+    # Newer Triton versions fuse multiplications and additions only on demand.
+    return {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@lru_cache
+def _roomy(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= 160 * 1024

@@ -1,0 +1,479 @@
+"""The classes that patched models get: ``MultiMax<Arch>`` and its config, made on demand for any architecture.
+
+A patched model is an instance of ``MultiMax<Arch>(MultiMaxMixin, <Arch>)`` and its config of a class made the same way.
+In memory the config keeps the native ``model_type``, which PEFT, generation and weight conversion rely on. On disk it is
+``"multimax"``, so that Transformers without this plugin refuses the checkpoint instead of running SoftMax.
+"""
+
+import copy
+import functools
+import json
+import logging
+from typing import Any, ClassVar
+
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+from transformers.models.auto import (
+    feature_extraction_auto,
+    image_processing_auto,
+    modeling_auto,
+    processing_auto,
+    tokenization_auto,
+)
+
+from hf_multimax.attention import IMPLEMENTATION, attention_forward
+from hf_multimax.config import MultiMaxConfig
+from hf_multimax.discovery import attention_layers, head_count, select_layers
+from hf_multimax.modulator import Normalizer
+from hf_multimax.normalizers import build_normalizer, get_normalizer
+from hf_multimax.output import check_output_supported, modulated_forward
+from hf_multimax.remote import AUTO_MAP, write_loader
+
+__all__ = ["MODEL_TYPE", "MultiMaxAutoConfig", "MultiMaxConfigMixin", "MultiMaxMixin", "attach", "detach", "is_patched"]
+
+logger = logging.getLogger(__name__)
+
+#: ``model_type`` of a checkpoint on disk.
+MODEL_TYPE = "multimax"
+_PREFIX = "MultiMax"
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether ``model`` is a MultiMax model: patched by ``patch_model``, or loaded from a MultiMax checkpoint."""
+    return isinstance(model, MultiMaxMixin)
+
+
+class MultiMaxConfigMixin:
+    """What a generated config class adds to the native one: the ``multimax`` entry, its form on disk, and guards."""
+
+    stock_class: ClassVar[type[PreTrainedConfig]]
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "_attn_implementation_internal" and self.__dict__.get(key) == IMPLEMENTATION != value:
+            raise ValueError(_implementation_refused(value))
+        if key == "multimax":
+            value = MultiMaxConfig.from_dict(value).to_dict()
+        super().__setattr__(key, value)
+
+    @property
+    def output_attentions(self) -> bool:
+        """As for eager attention: MultiMax attention returns its weights."""
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool) -> None:
+        self._output_attentions = value
+
+    def validate_output_attentions(self) -> None:
+        """Nothing to refuse: MultiMax attention returns its weights."""
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The form on disk: model_type "multimax", the native one under ``base_model_type``."""
+        values = json.loads(super().to_json_string(use_diff))
+        if "multimax" in values:
+            values["base_model_type"], values["model_type"] = self.model_type, MODEL_TYPE
+            values["auto_map"] = AUTO_MAP
+            if values["multimax"]["attention"]:
+                values["attn_implementation"] = IMPLEMENTATION
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        if "multimax" not in self.__dict__:
+            raise ValueError(
+                "this is a part of a MultiMax model and does not know the whole: save the whole model, "
+                "or call hf_multimax.unpatch_model on it first"
+            )
+        super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        values, rest = super().get_config_dict(*args, **kwargs)
+        return (_native_form(values) if values.get("model_type") == MODEL_TYPE else values), rest
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
+        if "multimax" in config_dict and MultiMaxConfig.from_dict(config_dict["multimax"]).attention:
+            _check_implementation(kwargs.get("attn_implementation"))
+        return super().from_dict(config_dict, **kwargs)
+
+
+class MultiMaxAutoConfig(PreTrainedConfig):
+    """What ``model_type: multimax`` means to AutoConfig: it makes the config of the architecture underneath."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
+        """A ``MultiMax<Arch>Config``; raises ValueError, naming the field, if config.json says something impossible."""
+        base_type = config_dict.get("base_model_type")
+        if base_type not in CONFIG_MAPPING or base_type == MODEL_TYPE:
+            raise ValueError(f"config.json: base_model_type must be a model type of Transformers, got {base_type!r}")
+        if "multimax" not in config_dict:
+            raise ValueError("config.json of a MultiMax checkpoint must have the field 'multimax'; it is missing")
+        return config_class(CONFIG_MAPPING[base_type]).from_dict(_native_form(config_dict), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> PreTrainedConfig:
+        values, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dict(values, **kwargs)
+
+
+class MultiMaxMixin:
+    """What a generated model class adds to the stock one: construction, guards, loading and saving."""
+
+    stock_class: ClassVar[type[PreTrainedModel]]
+    model_tags = ["multimax"]
+    _keep_in_fp32_modules_strict: ClassVar[set[str]]
+    _output_loss_verified = False
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        if "multimax" not in getattr(config, "__dict__", {}):
+            raise ValueError(f"{type(self).__name__} needs a config with a 'multimax' entry: call patch_model instead")
+        multimax = MultiMaxConfig.from_dict(config.multimax)
+        if multimax.attention:
+            _check_implementation(config._attn_implementation)
+        generated = type(config)
+        # The stock model is built from a stock config, as if nothing were replaced, and then patched like any other.
+        config.__class__ = self.stock_class.config_class if generated is PreTrainedConfig else _stock(generated)
+        if multimax.attention:
+            config._attn_implementation = None
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            config.__class__ = generated
+        saved_as = getattr(config, "architectures", None) or [type(self).__name__]
+        attach(self, multimax, strict=type(self).__name__ in saved_as)
+
+    def _get_name(self) -> str:
+        # Trainer looks this name up to decide whether labels are to be shifted.
+        return self.stock_class.__name__
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Raises ValueError: any other implementation would drop MultiMax. See :func:`hf_multimax.unpatch_model`."""
+        if self.config.multimax["attention"]:
+            _check_implementation(attn_implementation)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def initialize_weights(self) -> None:
+        # Before the stock initialisation, which would take the modulators for what it knows.
+        for module in self.modules():
+            if isinstance(module, Normalizer) and not getattr(module, "_is_hf_initialized", False):
+                if not all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+                    module.reset_parameters()
+                module._is_hf_initialized = True
+        super().initialize_weights()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Native weight conversion applies to the weights underneath.
+        return cls.stock_class.is_custom_code() if hasattr(cls.stock_class, "is_custom_code") else False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        config: Any = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As every ``from_pretrained``, from safetensors only, and strict about the MultiMax parameters.
+
+        Raises:
+            ValueError: if the checkpoint's config has ``multimax`` and a parameter of it is missing, unexpected or of
+                another shape (the text names it), if another attention implementation or pickled weights are asked
+                for, or if config.json says something impossible.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError("MultiMax checkpoints are read from safetensors only: leave use_safetensors at True")
+        stored = _stored_config(cls, pretrained_model_name_or_path, kwargs)
+        implementation = kwargs.get("attn_implementation")
+        if implementation is not None:
+            _check_implementation(implementation)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            config=config,
+            ignore_mismatched_sizes=True,  # reported below, with the keys' names
+            output_loading_info=True,
+            **kwargs,
+        )
+        _check_loaded(model, info, stored, ignore_mismatched_sizes)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_loader(save_directory)
+
+
+# -- attaching to a model and detaching from it ------------------------------------------------------------------------
+
+
+def attach(model: PreTrainedModel, config: MultiMaxConfig, strict: bool = True) -> None:
+    """Put normalizers into ``model`` and switch its class and configs. Raises before it changes anything, or not at all.
+
+    Args:
+        strict: False when ``config`` was made for another head class of the same architecture: patterns may then match
+            nothing, and an output modulator that the class cannot have is dropped, with a line in the log.
+    """
+    stock_class = _stock(type(model))
+    if config.output:
+        try:
+            check_output_supported(model, stock_class)
+        except ValueError as error:
+            if strict or not config.attention:
+                raise
+            logger.warning(f"The checkpoint's output modulator is dropped: {error}")
+            config = config.replace(output=False)
+    selected = select_layers(model, config, strict) if config.attention else {}
+    normalizers = {
+        name: _build(config, module, head_count(name, module) if config.per_head else None)
+        for name, module in selected.items()
+    }
+    output = _output_modulator(model, config) if config.output else None
+
+    layers = attention_layers(model) if config.attention else {}
+    _own_configs(model)
+    configs = {id(c): c for m in layers.values() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
+    stock_implementations = [(c, c._attn_implementation) for c in configs.values()]
+    for name, module in layers.items():
+        module.multimax = normalizers.get(name)
+    if output is not None:
+        model.multimax_output = output
+    for part in (model.config, *configs.values()):
+        part.__dict__.pop("multimax", None)
+        part.__class__ = config_class(_stock(type(part)))
+        if config.attention and id(part) in configs:
+            part._attn_implementation_internal = IMPLEMENTATION
+    if config.attention:
+        model.config._attn_implementation_internal = IMPLEMENTATION
+    model.config.multimax = config.to_dict()
+    model.__class__ = model_class(stock_class)
+    model._stock_implementations = stock_implementations
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "multimax", "multimax_output"}
+
+
+def detach(model: PreTrainedModel) -> None:
+    """The inverse of :func:`attach`."""
+    for module in attention_layers(model).values():
+        if hasattr(module, "multimax"):
+            del module.multimax
+    if hasattr(model, "multimax_output"):
+        del model.multimax_output
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, MultiMaxConfigMixin):
+                _restore_config(value)
+    for config, implementation in model._stock_implementations:
+        config._attn_implementation_internal = implementation
+    del model._stock_implementations
+    model._keep_in_fp32_modules_strict = model._keep_in_fp32_modules_strict - {"multimax", "multimax_output"}
+    model.__dict__.pop("_output_loss_verified", None)
+    model.__class__ = model.stock_class
+
+
+def _restore_config(config: PreTrainedConfig) -> None:
+    config.__class__ = config.stock_class
+    config.__dict__.pop("multimax", None)
+    if config._attn_implementation == IMPLEMENTATION:
+        config._attn_implementation_internal = None
+    if config.architectures:
+        config.architectures = [name.removeprefix(_PREFIX) for name in config.architectures]
+
+
+def _own_configs(model: PreTrainedModel) -> None:
+    """Give ``model`` configs that no other model holds: two stock models may share one object."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig):
+                setattr(module, name, copy.deepcopy(value, memo))
+
+
+def _build(config: MultiMaxConfig, beside: nn.Module, num_heads: int | None) -> Normalizer:
+    """The normalizer of ``config``, on the device and in the mode of the module that it is to stand in."""
+    normalizer = build_normalizer(config, num_heads)
+    parameter = next(beside.parameters(), None)
+    return normalizer.to(None if parameter is None else parameter.device).train(beside.training)
+
+
+def _output_modulator(model: PreTrainedModel, config: MultiMaxConfig) -> Normalizer:
+    if not get_normalizer(config.normalizer).modulates_output:
+        raise ValueError(
+            f"output=True is not possible with the normalizer {config.normalizer!r}: it has no output loss"
+        )
+    return _build(config, model.get_output_embeddings() or model, None)
+
+
+# -- generated classes -------------------------------------------------------------------------------------------------
+
+
+def config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The generated config class of a stock one, with the Auto classes told about it."""
+    generated = _make_config_class(stock)
+    _register(stock, generated)
+    return generated
+
+
+@functools.cache
+def _make_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    def __init__(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, *args, **kwargs)  # else the dataclass machinery would write another one
+
+    namespace = {"__init__": __init__, "__module__": __name__, "stock_class": stock}
+    namespace["__doc__"] = f"{stock.__name__} of a MultiMax model."
+    return type(_PREFIX + stock.__name__, (MultiMaxConfigMixin, stock), namespace)
+
+
+@functools.cache
+def model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The generated model class of a stock one."""
+
+    @functools.wraps(stock.forward)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if "multimax_output" not in self._modules:
+            return stock.forward(self, *args, **kwargs)
+        return modulated_forward(self, stock, *args, **kwargs)
+
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"{stock.__name__} with MultiMax in the place of SoftMax.",
+        "forward": forward,
+        "stock_class": stock,
+        "_keep_in_fp32_modules_strict": {*(stock._keep_in_fp32_modules_strict or ()), "multimax", "multimax_output"},
+    }
+    if stock.config_class is not None:
+        namespace["config_class"] = _make_config_class(stock.config_class)
+    return type(_PREFIX + stock.__name__, (MultiMaxMixin, stock), namespace)
+
+
+def _stock(cls: type) -> Any:
+    return getattr(cls, "stock_class", cls)
+
+
+@functools.cache
+def _register(stock: type[PreTrainedConfig], generated: type[PreTrainedConfig]) -> None:
+    """Tell every Auto class that knows the stock config what to make of the generated one."""
+    for name in vars(modeling_auto):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        if mapping is not None and stock in mapping:
+            value = mapping[stock]
+            models = tuple(map(model_class, value)) if isinstance(value, tuple | list) else model_class(value)
+            mapping.register(generated, models, exist_ok=True)
+    for mapping in (
+        tokenization_auto.TOKENIZER_MAPPING,
+        image_processing_auto.IMAGE_PROCESSOR_MAPPING,
+        feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING,
+        processing_auto.PROCESSOR_MAPPING,
+    ):
+        if stock in mapping:
+            mapping.register(generated, mapping[stock], exist_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    """``MultiMax<Arch>`` for any class of Transformers, so that generated classes can be imported and unpickled."""
+    stock = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    if isinstance(stock, type) and issubclass(stock, PreTrainedConfig):
+        return config_class(stock)
+    if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
+        return model_class(stock)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def register_extension_points() -> None:
+    """Register the attention function, its mask and the model type with Transformers."""
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    CONFIG_MAPPING.register(MODEL_TYPE, MultiMaxAutoConfig, exist_ok=True)
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def _native_form(values: dict[str, Any]) -> dict[str, Any]:
+    """What config.json said before it was written as a MultiMax config."""
+    values = {key: value for key, value in values.items() if key not in ("auto_map", "attn_implementation")}
+    values["model_type"] = values.pop("base_model_type", MODEL_TYPE)
+    return values
+
+
+def _implementation_refused(name: Any) -> str:
+    return (
+        f"attn_implementation={name!r} would drop MultiMax from this model: "
+        "call hf_multimax.unpatch_model(model) first if that is what you want"
+    )
+
+
+def _check_implementation(requested: Any) -> None:
+    values = requested.values() if isinstance(requested, dict) else [requested]
+    for value in values:
+        if isinstance(value, dict):
+            _check_implementation(value)
+        elif value not in (None, IMPLEMENTATION):
+            raise ValueError(_implementation_refused(value))
+
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+
+def _stored_config(cls: type[PreTrainedModel], path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The config.json beside the weights, in its native form; empty if there is none."""
+    if path is None:
+        return {}
+    try:
+        return cls.config_class.get_config_dict(path, **{k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs})[0]
+    except OSError:
+        return {}  # weights without a config: the caller gave one
+
+
+def _check_loaded(
+    model: PreTrainedModel, info: dict[str, Any], stored: dict[str, Any], ignore_mismatched_sizes: bool
+) -> None:
+    """Raise ValueError for MultiMax parameters that did not load, and take care of another head's output modulator."""
+    same_class = type(model).__name__ in (stored.get("architectures") or [type(model).__name__])
+    mismatched = {item[0]: f"{list(item[1])} instead of {list(item[2])}" for item in info["mismatched_keys"]}
+    missing = {key for key in info["missing_keys"] if _is_multimax(key)}
+    unexpected = {key for key in info["unexpected_keys"] if _is_multimax(key) and not _foreign(key, info)}
+    if not same_class:
+        missing = {key for key in missing if not _is_output(key)}
+        unexpected = {key for key in unexpected if not _is_output(key)}
+    if "multimax" not in stored:
+        missing = set()  # a base checkpoint: they were initialised
+    problems = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": {f"{key}: {mismatched[key]}" for key in mismatched if _is_multimax(key)},
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{what}: {', '.join(sorted(keys))}" for what, keys in problems.items() if keys)
+        raise ValueError(f"the MultiMax parameters of {model.name_or_path!r} do not fit its config. {found}")
+    if mismatched and not ignore_mismatched_sizes:
+        raise RuntimeError(
+            f"{model.name_or_path!r} has weights of another shape: "
+            f"{'; '.join(f'{key}: {shapes}' for key, shapes in sorted(mismatched.items()))}. "
+            "Pass ignore_mismatched_sizes=True to initialise them anew."
+        )
+    if not same_class and "multimax" in stored and hasattr(model, "multimax_output"):
+        model.multimax_output.reset_parameters()
+        logger.warning(
+            f"The checkpoint's output modulator belongs to {stored['architectures'][0]}: that of "
+            f"{type(model).__name__} is newly initialised."
+        )
+
+
+def _is_multimax(key: str) -> bool:
+    return _is_output(key) or ".multimax." in f".{key}"
+
+
+def _is_output(key: str) -> bool:
+    return ".multimax_output." in f".{key}"
+
+
+def _foreign(key: str, info: dict[str, Any]) -> bool:
+    """Whether the attention layer that an unexpected key belongs to is, as a whole, not a part of the loaded class."""
+    layer = key.rpartition("multimax")[0]
+    return not _is_output(key) and any(k.startswith(layer) and not _is_multimax(k) for k in info["unexpected_keys"])

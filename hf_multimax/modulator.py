@@ -1,0 +1,135 @@
+"""MultiMax as a module: its parameters, how they start, and why they stay float32."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_multimax.functional import compute_dtype, masked_softmax, modulate
+
+__all__ = ["MultiMax", "Normalizer"]
+
+
+class Normalizer(nn.LayerNorm):
+    """What takes SoftMax's place: an elementwise step on the scores, then probabilities along a dimension.
+
+    This base class is plain SoftMax. A subclass overrides ``modulate`` (what must happen before an additive mask and
+    before attention sinks join), ``normalize``, or both.
+
+    Parameters stay float32 whatever the model is cast to: they are a handful of scalars that steer every score.
+    """
+
+    # Of LayerNorm nothing is used. Trainer exempts from weight decay what is an instance of it, and offers no other
+    # way that keeps the parameters' names: this is how the stock Trainer, too, leaves these scalars undecayed.
+
+    normalized_shape: tuple[int, ...] = ()
+    weight = bias = None
+    eps = 0.0
+    elementwise_affine = False
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    def modulate(self, x: Tensor) -> Tensor:
+        """The elementwise step, in x's type."""
+        return x
+
+    def normalize(self, x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+        """Probabilities along ``dim`` over the entries that the boolean ``mask`` (True = keep) keeps."""
+        return masked_softmax(x, dim, mask)
+
+    def forward(self, x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+        """Probabilities along ``dim``, shaped and typed like ``x``; computed in float32, or float64 for float64."""
+        scores = self.modulate(x.to(compute_dtype(x.dtype)))
+        return self.normalize(scores, dim, mask).to(x.dtype)
+
+    def reset_parameters(self) -> None:
+        """Set the parameters to their initial values."""
+
+    def extra_repr(self) -> str:
+        return ""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Normalizer":
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype or not tensor.is_floating_point():
+                return moved
+            return tensor.to(moved.device)  # only the change of type is undone, and nothing is rounded on the way
+
+        return super()._apply(keep_float32, recurse)
+
+
+class MultiMax(Normalizer):
+    """``softmax(sigma(x))`` with learned sigma (Zhou, Fritz, Keuper, ICML 2024, section 4).
+
+    Args:
+        order: N >= 1; the paper uses 2.
+        num_heads: None for one modulator, or the number of heads for one each; scores are then
+            ``[..., heads, queries, keys]``.
+        init: ``"identity"`` (all zeros: SoftMax exactly, for models trained with SoftMax) or ``"paper"`` (a normal
+            distribution of standard deviation ``init_std`` cut at -2 and 2, as the authors train from scratch).
+        init_std: see ``init``.
+        affine: put ``scale * x + shift`` in front of a modulator of order 1 (initially 1 and 0).
+
+    Attributes:
+        ranges: ``[b_1, d_1, ..., b_N, d_N]``, shape ``[2N]`` or ``[num_heads, 2N]``, float32.
+        ts: ``[t_b1, t_d1, ...]``, shaped alike.
+        scale, shift: scalars or ``[num_heads]``, float32; None unless ``affine``.
+
+    Raises:
+        ValueError: for an impossible argument.
+    """
+
+    def __init__(
+        self,
+        order: int = 2,
+        num_heads: int | None = None,
+        init: str = "identity",
+        init_std: float = 0.02,
+        affine: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if order < 1:
+            raise ValueError(f"order must be an integer >= 1, got {order}")
+        if affine and order != 1:
+            raise ValueError(f"the affine variant has order 1, got order={order}")
+        if num_heads is not None and num_heads < 1:
+            raise ValueError(f"num_heads must be None or >= 1, got {num_heads}")
+        if init not in ("identity", "paper"):
+            raise ValueError(f"init must be 'identity' or 'paper', got {init!r}")
+        if not init_std > 0:
+            raise ValueError(f"init_std must be > 0, got {init_std}")
+        self.order, self.num_heads, self.init, self.init_std = order, num_heads, init, init_std
+
+        def parameter(*shape: int) -> nn.Parameter:
+            heads = () if num_heads is None else (num_heads,)
+            return nn.Parameter(torch.empty(*heads, *shape, dtype=torch.float32, device=device))
+
+        self.ranges, self.ts = parameter(2 * order), parameter(2 * order)
+        self.scale, self.shift = (parameter(), parameter()) if affine else (None, None)
+        self.reset_parameters()
+
+    @property
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        """``(scale, shift)``, or None without the affine variant."""
+        return None if self.scale is None else (self.scale, self.shift)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for parameter in (self.ranges, self.ts):
+            if self.init == "paper":
+                nn.init.trunc_normal_(parameter, std=self.init_std, a=-2.0, b=2.0)
+            else:
+                parameter.zero_()
+        if self.scale is not None:
+            self.scale.fill_(1.0)
+            self.shift.zero_()
+
+    def modulate(self, x: Tensor) -> Tensor:
+        return modulate(x, self.ranges, self.ts, self.affine)
+
+    def extra_repr(self) -> str:
+        options: dict[str, Any] = {"order": self.order, "num_heads": self.num_heads, "affine": self.scale is not None}
+        return ", ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False))

@@ -1,0 +1,102 @@
+"""``patch_model`` and ``unpatch_model``: one call that gives any checkpoint a learnable SoftMax, and the way back."""
+
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_multimax.config import MultiMaxConfig
+from hf_multimax.modeling import attach, detach, is_patched
+from hf_multimax.modulator import Normalizer
+
+__all__ = [
+    "freeze_base",
+    "is_patched",
+    "multimax_parameters",
+    "patch_model",
+    "print_trainable_parameters",
+    "unpatch_model",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def patch_model(model: PreTrainedModel, config: MultiMaxConfig | None = None, **overrides: Any) -> PreTrainedModel:
+    """Replace the SoftMax of a Transformers model by MultiMax, or another normalizer, in place.
+
+    With the default ``init="identity"`` the outputs stay what they were. Only this object changes: other models of the
+    process, of the same class or sharing its config, stay as they are.
+
+    Args:
+        model: any model whose attention goes through Transformers' AttentionInterface.
+        config: see :class:`MultiMaxConfig`; None for the defaults.
+        overrides: fields of the config to change.
+
+    Returns:
+        The same object, now an instance of ``MultiMax<Arch>``. It saves and loads as every model does.
+
+    Raises:
+        TypeError: if ``model`` is no PreTrainedModel, or an override no field of the config.
+        ValueError: if the model is patched already, has nothing that the config asks to replace, or does something
+            that MultiMax does not support. The model is then as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"patch_model needs a Transformers model, got {type(model).__name__}: patch before wrapping it "
+            "(PEFT, DDP, FSDP, torch.compile), or patch what is inside"
+        )
+    if is_patched(model) or any(is_patched(module) for module in model.modules()):
+        raise ValueError("the model is patched already: call hf_multimax.unpatch_model(model) first")
+    if any(parameter.is_meta for parameter in model.parameters()) and hasattr(model, "hf_device_map"):
+        raise ValueError("the model is offloaded: patch it before offloading, or save it patched and load that")
+    if config is not None and not isinstance(config, MultiMaxConfig):
+        raise TypeError(f"config must be a MultiMaxConfig, got {type(config).__name__}")
+    attach(model, (config or MultiMaxConfig()).replace(**overrides))
+    return model
+
+
+def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Give back the stock model: its class, config, SoftMax and attention implementation. The scalars are dropped.
+
+    Raises:
+        ValueError: if ``model`` is not patched.
+    """
+    if not is_patched(model):
+        raise ValueError(f"this {type(model).__name__} is not a MultiMax model: there is nothing to unpatch")
+    detach(model)
+    return model
+
+
+def multimax_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of every normalizer in ``model``, by name, e.g. ``transformer.h.0.attn.multimax.ts``.
+
+    Works on wrapped models, too (PEFT, DDP), whose names then have the wrapper's prefix.
+    """
+    ours = {id(p) for module in model.modules() if isinstance(module, Normalizer) for p in module.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ours}
+
+
+def freeze_base(model: nn.Module) -> nn.Module:
+    """Leave only the normalizers' parameters trainable.
+
+    Raises:
+        ValueError: if ``model`` has none.
+    """
+    ours = multimax_parameters(model)
+    if not ours:
+        raise ValueError(f"this {type(model).__name__} has no MultiMax parameters: call patch_model first")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in ours)
+    return model
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters are trained, how many there are, and how many are MultiMax's own."""
+    parameters = list(model.parameters())
+    everything = sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    ours = sum(p.numel() for p in multimax_parameters(model).values())
+    share = 100 * trainable / max(everything, 1)
+    line = f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}"
+    print(f"{line} || multimax params: {ours:,d}")
