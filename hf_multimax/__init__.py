@@ -20,6 +20,7 @@ __all__ = [
     "MultiMax",
     "MultiMaxConfig",
     "Normalizer",
+    "__version__",
     "backend",
     "freeze_base",
     "is_patched",

@@ -1,6 +1,6 @@
 """The classes that patched models get: ``MultiMax<Arch>`` and its config, made on demand for any architecture.
 
-A patched model is an instance of ``MultiMax<Arch>(MultiMaxMixin, <Arch>)`` and its config of a class made the same way.
+A patched model is an instance of ``MultiMax<Arch>(MultiMaxMixin, <Arch>)``, its config of a class made the same way.
 In memory the config keeps the native ``model_type``, which PEFT, generation and weight conversion rely on. On disk it is
 ``"multimax"``, so that Transformers without this plugin refuses the checkpoint instead of running SoftMax.
 """
@@ -150,6 +150,9 @@ class MultiMaxMixin:
         # Trainer looks this name up to decide whether labels are to be shifted.
         return self.stock_class.__name__
 
+    def __repr__(self) -> str:
+        return _PREFIX + super().__repr__()
+
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError: any other implementation would drop MultiMax. See :func:`hf_multimax.unpatch_model`."""
         if self.config.multimax["attention"]:
@@ -214,7 +217,7 @@ class MultiMaxMixin:
 
 
 def attach(model: PreTrainedModel, config: MultiMaxConfig, strict: bool = True) -> None:
-    """Put normalizers into ``model`` and switch its class and configs. Raises before it changes anything, or not at all.
+    """Put normalizers into ``model`` and switch its class and configs; whatever can raise comes before any change.
 
     Args:
         strict: False when ``config`` was made for another head class of the same architecture: patterns may then match

@@ -78,11 +78,10 @@ def modulated_forward(
 def _without_labels(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments for a forward that computes no loss but is the same otherwise."""
     labels = arguments.pop("labels")
-    decoder_inputs = (arguments.get("decoder_input_ids"), arguments.get("decoder_inputs_embeds"))
-    if model.config.is_encoder_decoder and all(value is None for value in decoder_inputs):
-        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            arguments["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-            arguments.setdefault("use_cache", False)
+    given = any(arguments.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    if hasattr(model, "prepare_decoder_input_ids_from_labels") and not given:
+        arguments["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        arguments.setdefault("use_cache", False)
     return arguments
 
 

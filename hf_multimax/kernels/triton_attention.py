@@ -7,7 +7,6 @@ and biases are read through their strides and never expanded. Triton itself is i
 """
 
 import importlib.util
-import math
 import os
 
 import torch
@@ -187,7 +186,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Te
         q.ndim == k.ndim == v.ndim == 4
         and k.shape[:3] == v.shape[:3]
         and q.shape[0] == k.shape[0]
-        and q.shape[3] == k.shape[3]
+        and q.shape[3] == k.shape[3] > 0
         and k.shape[1] > 0
         and q.shape[1] % k.shape[1] == 0
     )
@@ -256,8 +255,6 @@ def _call(
     seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
     cu_q, cu_k, max_q, max_k = packing or (None, None, q.shape[2], k.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if q.shape[-1] == 0:
-        scale = 1.0 if math.isinf(scale) else scale
     out, _ = _forward(
         q,
         k,
@@ -296,3 +293,119 @@ def _outputs(q: Tensor, v: Tensor, zeros: bool = False) -> tuple[Tensor, Tensor]
     make = torch.zeros if zeros else torch.empty
     o = make(batch, n_rows, heads, v.shape[-1], dtype=v.dtype, device=v.device).transpose(1, 2)
     return o, make(batch, heads, n_rows, dtype=torch.float32, device=q.device)
+
+
+def _problem(*arguments):
+    """The launch module, imported at the first call because it needs Triton, and the call as it sees it."""
+    from hf_multimax.kernels import triton_launch
+
+    return triton_launch, triton_launch.Problem(*arguments)
+
+
+@torch.library.custom_op("hf_multimax::triton_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    ts: Tensor,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    sinks: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    launch, problem = _problem(
+        q, k, v, ranges, ts, affine_scale, affine_shift, sinks, mask, bias, seed, cu_q, cu_k, max_q, max_k, dropout_p,
+        causal, window, scale, softcap,
+    )  # fmt: skip
+    o, lse = _outputs(q, v, zeros=cu_q is not None)
+    launch.forward(problem, o, lse)
+    return o, lse
+
+
+@_forward.register_fake
+def _(q, k, v, *others):
+    return _outputs(q, v)
+
+
+@torch.library.custom_op("hf_multimax::triton_attention_backward", mutates_args=())
+def _backward(
+    do: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    ts: Tensor,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    sinks: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> list[Tensor]:
+    """Gradients of q, k, v, ranges, ts, affine_scale, affine_shift, sinks and bias; empty where not needed."""
+    launch, problem = _problem(
+        q, k, v, ranges, ts, affine_scale, affine_shift, sinks, mask, bias, seed, cu_q, cu_k, max_q, max_k, dropout_p,
+        causal, window, scale, softcap,
+    )  # fmt: skip
+    return launch.backward(problem, do, o, lse, needs)
+
+
+@_backward.register_fake
+def _(do, o, lse, needs, q, k, v, ranges, ts, affine_scale, affine_shift, sinks, mask, bias, *others):
+    inputs = (q, k, v, ranges, ts, affine_scale, affine_shift, sinks, bias)
+    return [_gradient_buffer(x) if need else q.new_empty(0) for x, need in zip(inputs, needs)]
+
+
+def _gradient_buffer(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+#: number of leading tensor arguments of the operator, and which of them are differentiable
+_TENSORS = 13
+_DIFFERENTIABLE = (0, 1, 2, 3, 4, 5, 6, 7, 9)
+
+
+def _save(ctx, inputs, output) -> None:
+    o, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(o, lse, *inputs[:_TENSORS])
+    ctx.options = inputs[_TENSORS:]
+
+
+def _differentiate(ctx, do: Tensor | None, _: Tensor | None):
+    o, lse, *tensors = ctx.saved_tensors
+    nothing = [None] * (_TENSORS + len(ctx.options))
+    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    if do is None or not any(needs):
+        return tuple(nothing)
+    found = _backward(do, o, lse, needs, *tensors, *ctx.options)
+    for i, need, gradient in zip(_DIFFERENTIABLE, needs, found):
+        nothing[i] = gradient if need else None
+    return tuple(nothing)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -349,7 +349,7 @@ def dropout_keep(seed, threshold, row, col, stream, TRANSPOSED: tl.constexpr, CO
 def key_bounds(m0, n_rows, n_cols, window, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(lo, full_lo, full_hi, hi): keys that queries m0.. may see; tiles in [full_lo, full_hi) need no check.
 
-    ``lo``, ``full_lo`` and ``full_hi`` are multiples of BLOCK_N.
+    Tiles start at multiples of BLOCK_N.
     """
     first = m0 + n_cols - n_rows
     last = tl.minimum(m0 + BLOCK_M, n_rows) - 1 + n_cols - n_rows
@@ -367,13 +367,14 @@ def key_bounds(m0, n_rows, n_cols, window, CAUSAL: tl.constexpr, BLOCK_M: tl.con
             hi = tl.minimum(hi, last + window)
             full_hi = tl.minimum(full_hi, first + window)
     hi = tl.maximum(hi, 0)
+    full_lo = tl.minimum(full_lo, hi)
     full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N, full_lo)
-    return lo, tl.minimum(full_lo, hi), full_hi, hi
+    return lo, full_lo, full_hi, hi
 
 
 @triton.jit
 def query_bounds(n0, n_rows, n_cols, window, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(lo, full_lo, full_hi, hi) of the queries that may see keys n0..; multiples of BLOCK_M but for ``hi``."""
+    """(lo, full_lo, full_hi, hi) of the queries that may see keys n0.., likewise."""
     first = n0 - (n_cols - n_rows)
     last = tl.minimum(n0 + BLOCK_N, n_cols) - 1 - (n_cols - n_rows)
     lo = first * 0
@@ -390,5 +391,6 @@ def query_bounds(n0, n_rows, n_cols, window, CAUSAL: tl.constexpr, BLOCK_M: tl.c
             lo = tl.maximum(first - window + 1, 0) // BLOCK_M * BLOCK_M
             full_lo = tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK_M) * BLOCK_M
     hi = tl.maximum(hi, 0)
+    full_lo = tl.minimum(full_lo, hi)
     full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_M * BLOCK_M, full_lo)
-    return lo, tl.minimum(full_lo, hi), full_hi, hi
+    return lo, full_lo, full_hi, hi

@@ -158,28 +158,15 @@ def tile(kernel: str, width: int, dtype: torch.dtype, roomy: bool = True) -> Til
     return chosen if roomy else Tile(min(chosen.m, 64), min(chosen.n, 64 if width <= 64 else 32), 4, 1)
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Output ``[B, H, Nq, Dv]`` in v's type and base-2 log-sum-exp ``[B, H, Nq]``."""
-    o, lse = empty_outputs(problem.q, problem.v, zeros=problem.cu_q is not None)
+def forward(problem: Problem, o: Tensor, lse: Tensor) -> None:
+    """Fill the output ``[B, H, Nq, Dv]`` and the base-2 log-sum-exp ``[B, H, Nq]``."""
     if problem.empty:
-        return o, lse
+        return
     with torch.cuda.device_of(problem.q):
         if problem.cu_q is None and problem.max_q <= _DECODE_QUERIES and problem.max_k >= _DECODE_KEYS:
             _decode(problem, o, lse)
         else:
             _forward(problem, o, lse)
-    return o, lse
-
-
-def empty_outputs(q: Tensor, v: Tensor, zeros: bool = False) -> tuple[Tensor, Tensor]:
-    """Buffers for the output, laid out as ``[B, Nq, H, Dv]`` so that merging the heads is a view, and for lse.
-
-    ``zeros``: packed sequences may leave tokens at the end that belong to none.
-    """
-    batch, heads, n_rows, _ = q.shape
-    make = torch.zeros if zeros else torch.empty
-    o = make(batch, n_rows, heads, v.shape[-1], dtype=v.dtype, device=v.device).transpose(1, 2)
-    return o, make(batch, heads, n_rows, dtype=torch.float32, device=q.device)
 
 
 def backward(problem: Problem, do: Tensor, o: Tensor, lse: Tensor, needs: Sequence[bool]) -> list[Tensor]:
@@ -191,20 +178,19 @@ def backward(problem: Problem, do: Tensor, o: Tensor, lse: Tensor, needs: Sequen
     need_k, need_v, need_bias = needs[1], needs[2], needs[8]
     need_scalars, need_sinks = any(needs[3:7]), needs[7]
     make = torch.empty_like if p.cu_q is None else torch.zeros_like
-    dq = make(p.q)
+    dq, dk, dv = (make(x, memory_format=torch.contiguous_format) for x in (p.q, p.k, p.v))
+    dbias = torch.zeros_like(p.bias, memory_format=torch.contiguous_format) if need_bias else None
     delta = torch.zeros_like(lse)
     scalars = torch.zeros(p.q.shape[1], 2 * p.ranges.shape[-1] + 2, dtype=torch.float64, device=p.q.device)
-    dk = make(p.k) if need_k or need_v else None
-    dv = make(p.v) if need_k or need_v else None
-    dbias = torch.zeros_like(p.bias, memory_format=torch.contiguous_format) if need_bias else None
     if p.empty:
-        dk, dv = (None if t is None else t.zero_() for t in (dk, dv))
+        dk.zero_()
+        dv.zero_()
     else:
         with torch.cuda.device_of(p.q):
             partial = _dq(p, do, o, lse, dq, delta, need_scalars)
             if partial is not None:
                 scalars[:, : partial.shape[-1]] = partial.sum((0, 2), dtype=torch.float64)
-            if dk is not None:
+            if need_k or need_v:
                 _dkdv(p, do, lse, delta, dk, dv)
             if dbias is not None:
                 _dbias(p, do, lse, delta, dbias)
@@ -217,9 +203,8 @@ def backward(problem: Problem, do: Tensor, o: Tensor, lse: Tensor, needs: Sequen
         for c, x, need in zip(columns, inputs, needs[3:7])
     ]
     dsinks = _sink_gradient(p.sinks, lse, delta) if need_sinks else None
-    gradients = [dq, dk, dv, *scalar_gradients, dsinks, dbias]
-    nothing = p.q.new_empty(0)
-    return [g if g is not None and need else nothing.clone() for g, need in zip(gradients, needs)]
+    gradients = (dq, dk, dv, *scalar_gradients, dsinks, dbias)
+    return [g if need else p.q.new_empty(0) for g, need in zip(gradients, needs)]
 
 
 # --- launches ----------------------------------------------------------------------------------------------------
