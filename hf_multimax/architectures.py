@@ -16,3 +16,6 @@ IRRELEVANT_KEYWORDS = frozenset(
 
 #: Where attention layers, or else their config, keep the number of query heads.
 HEAD_COUNT_ATTRIBUTES = ("num_heads", "n_heads", "num_attention_heads", "n_head")
+
+#: Attention outside the interface whose result the class computes but does not use.
+UNUSED_ATTENTION = {"SiglipForImageClassification": frozenset({"vision_model.head.attention"})}

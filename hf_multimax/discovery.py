@@ -11,7 +11,7 @@ from types import CodeType
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_multimax.architectures import HANDLED_KEYWORDS, HEAD_COUNT_ATTRIBUTES, IRRELEVANT_KEYWORDS
+from hf_multimax.architectures import HANDLED_KEYWORDS, HEAD_COUNT_ATTRIBUTES, IRRELEVANT_KEYWORDS, UNUSED_ATTENTION
 from hf_multimax.config import MultiMaxConfig
 
 __all__ = ["attention_layers", "code_names", "head_count", "select_layers"]
@@ -102,7 +102,8 @@ def _uses_interface(cls: type) -> bool:
 
 
 def _attention_outside_interface(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that compute a softmax attention by themselves."""
+    """Modules that compute a softmax attention by themselves, and whose result ``model`` uses."""
+    unused = UNUSED_ATTENTION.get(getattr(type(model), "stock_class", type(model)).__name__, frozenset())
 
     def computes_softmax(module: nn.Module) -> bool:
         cls = type(module)
@@ -111,7 +112,7 @@ def _attention_outside_interface(model: nn.Module) -> dict[str, nn.Module]:
         softmax = {"softmax", "scaled_dot_product_attention"}
         return "attention" in cls.__name__.lower() and not _uses_interface(cls) and bool(softmax & code_names(cls))
 
-    return {name: module for name, module in model.named_modules() if name and computes_softmax(module)}
+    return {name: module for name, module in model.named_modules() if name not in unused and computes_softmax(module)}
 
 
 @functools.cache

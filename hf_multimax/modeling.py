@@ -1,8 +1,8 @@
 """The classes that patched models get: ``MultiMax<Arch>`` and its config, made on demand for any architecture.
 
 A patched model is an instance of ``MultiMax<Arch>(MultiMaxMixin, <Arch>)``, its config of a class made the same way.
-In memory the config keeps the native ``model_type``, which PEFT, generation and weight conversion rely on. On disk it is
-``"multimax"``, so that Transformers without this plugin refuses the checkpoint instead of running SoftMax.
+In memory the config keeps the native ``model_type``, which PEFT, generation and weight conversion rely on. On disk it
+is ``"multimax"``, so that Transformers without this plugin refuses the checkpoint instead of running SoftMax.
 """
 
 import copy

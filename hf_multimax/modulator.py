@@ -64,7 +64,7 @@ class MultiMax(Normalizer):
     """``softmax(sigma(x))`` with learned sigma (Zhou, Fritz, Keuper, ICML 2024, section 4).
 
     Args:
-        order: N >= 1; the paper uses 2.
+        order: N >= 1; the paper uses 2, the default (1 for the affine variant, which has no other).
         num_heads: None for one modulator, or the number of heads for one each; scores are then
             ``[..., heads, queries, keys]``.
         init: ``"identity"`` (all zeros: SoftMax exactly, for models trained with SoftMax) or ``"paper"`` (a normal
@@ -83,7 +83,7 @@ class MultiMax(Normalizer):
 
     def __init__(
         self,
-        order: int = 2,
+        order: int | None = None,
         num_heads: int | None = None,
         init: str = "identity",
         init_std: float = 0.02,
@@ -91,6 +91,7 @@ class MultiMax(Normalizer):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        order = (1 if affine else 2) if order is None else order
         if order < 1:
             raise ValueError(f"order must be an integer >= 1, got {order}")
         if affine and order != 1:
@@ -105,7 +106,7 @@ class MultiMax(Normalizer):
 
         def parameter(*shape: int) -> nn.Parameter:
             heads = () if num_heads is None else (num_heads,)
-            return nn.Parameter(torch.empty(*heads, *shape, dtype=torch.float32, device=device))
+            return nn.Parameter(torch.empty((*heads, *shape), dtype=torch.float32, device=device))
 
         self.ranges, self.ts = parameter(2 * order), parameter(2 * order)
         self.scale, self.shift = (parameter(), parameter()) if affine else (None, None)

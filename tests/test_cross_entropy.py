@@ -1,5 +1,10 @@
 """The fused output loss against cross_entropy of modulated logits in float64, written from the formulas."""
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,13 +93,13 @@ def doubled(p):
     return {name: x.detach().double().requires_grad_() for name, x in p.items()}
 
 
-def check(dtype, names=NAMES, given=None, chunk_size=None, **options):
+def check(dtype, names=NAMES, given=None, chunk_size=None, tolerance=None, **options):
     """Value and every gradient of the fused loss against float64."""
     p, labels = given or inputs(dtype)
     reference_p = doubled(p)
     loss = fused(p, labels, features=names, chunk_size=chunk_size, **options)
     reference = unfused(reference_p, labels, features=names, **options)
-    tolerance = RELATIVE[dtype]
+    tolerance = tolerance or RELATIVE[dtype]
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert loss.shape == reference.shape
     assert relative_error(loss, reference) <= tolerance
@@ -472,6 +477,82 @@ def test_one_thread():
         torch.testing.assert_close(fused(p, labels), expected)
     finally:
         torch.set_num_threads(threads)
+
+
+# -- the Triton row kernel ---------------------------------------------------------------------------------------------
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
+KERNEL_CASES = {
+    "everything": {"softcap": 2.5, "label_smoothing": 0.1, "chunk_size": 4},
+    "none": {"reduction": "none", "softcap": 20.0, "chunk_size": 6},
+    "softmax": {"names": NAMES[:2], "chunk_size": 6},
+    "bias": {"names": NAMES[:5], "label_smoothing": 0.3, "chunk_size": 6},
+}
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_triton_kernel_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_kernel", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The Triton kernel on CPU tensors, in blocks that do not divide the vocabulary."""
+    triton_module = pytest.importorskip("hf_multimax.kernels.triton_cross_entropy")
+    monkeypatch.setattr(triton_module, "BLOCK", 32)
+    monkeypatch.setattr(module, "_row_kernel", lambda problem: triton_module.row_losses)
+
+
+@interpreted
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_kernel_matches_float64(kernel, case):
+    check(torch.float32, given=inputs(tokens=6), tolerance=1e-5, **KERNEL_CASES[case])
+
+
+@interpreted
+@pytest.mark.parametrize("order", [1, 3])
+def test_kernel_orders(kernel, order):
+    check(torch.float32, given=inputs(tokens=6, order=order), tolerance=1e-5, chunk_size=6)
+
+
+@interpreted
+def test_kernel_with_masked_classes_and_nan(kernel):
+    p, labels = inputs(tokens=6, ignored=False)
+    labels.copy_(torch.arange(6))
+    with torch.no_grad():
+        p["bias"][labels[4]] = float("-inf")
+        p["hidden"][3, 0] = float("nan")
+    losses = fused(p, labels, reduction="none", chunk_size=6)
+    assert losses[4] == float("inf") and losses[3].isnan()
+    assert losses[[0, 1, 2, 5]].isfinite().all()
+    (grad,) = torch.autograd.grad(losses.sum(), p["hidden"])
+    assert grad[3].isnan().any() and grad[torch.arange(6) != 3].isfinite().all()
+
+
+@interpreted
+def test_kernel_with_nothing_to_learn_from(kernel):
+    p, labels = inputs(tokens=6)
+    losses = fused(p, labels.fill_(-100), reduction="none", chunk_size=6)
+    assert (losses == 0).all()
+    assert all((g == 0).all() for g in gradients(losses, p).values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_on_cuda(dtype, reduction):
+    p, labels = inputs(dtype, tokens=256, vocab=5003, width=64)
+    device, exact = {name: x.detach().cuda().requires_grad_() for name, x in p.items()}, doubled(p)
+    options = {"reduction": reduction, "label_smoothing": 0.1, "softcap": 5.0}
+    loss, reference = fused(device, labels.cuda(), **options), unfused(exact, labels, **options)
+    assert_no_worse(loss.cpu(), unfused(p, labels, **options), reference, "loss")
+    found, expected = gradients(loss.cpu(), device), gradients(reference, exact)
+    for name in NAMES:
+        assert relative_error(found[name].cpu(), expected[name]) <= 4 * RELATIVE[dtype] + 1e-5, name
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

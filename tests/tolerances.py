@@ -10,11 +10,14 @@ RELATIVE = {
     torch.float16: 2**-11,
 }
 
+#: a reference below this is a sum that cancels: its error is taken relative to this instead
+NOTHING = 1e-4
+
 
 def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest absolute difference over the largest absolute reference entry, in float64; NaN is never small."""
     actual, reference = actual.detach().double(), reference.detach().double()
-    error = (actual - reference).abs().max() / reference.abs().max().clamp_min(1e-30)
+    error = (actual - reference).abs().max() / reference.abs().max().clamp_min(NOTHING)
     return float("inf") if error.isnan() else error.item()
 
 
@@ -22,3 +25,14 @@ def assert_no_worse(actual: torch.Tensor, plain: torch.Tensor, reference: torch.
     """``actual`` errs at most twice as much as the ``plain`` computation of the same type, plus 1e-6."""
     error, allowed = relative_error(actual, reference), 2 * relative_error(plain, reference) + 1e-6
     assert error <= allowed, f"{what}: relative error {error:.3g} > {allowed:.3g}"
+
+
+def assert_none_worse(actual: dict, plain: dict, reference: dict, what: str = "") -> None:
+    """The same of many tensors together, by the root mean square of their errors: one alone errs by luck."""
+    assert actual.keys() == plain.keys() == reference.keys()
+    errors = [
+        sum(relative_error(tensors[key], reference[key]) ** 2 for key in reference) / max(len(reference), 1)
+        for tensors in (actual, plain)
+    ]
+    error, allowed = errors[0] ** 0.5, 2 * errors[1] ** 0.5 + 1e-6
+    assert error <= allowed, f"{what}: root mean square relative error {error:.3g} > {allowed:.3g}"

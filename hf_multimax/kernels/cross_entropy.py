@@ -8,13 +8,14 @@ backward pass computes the chunks again.
 Operators: ``hf_multimax::linear_cross_entropy`` (sum), ``..._rows`` and ``..._rows_backward`` (one loss per token).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from .modulation import TileModulation
+from .modulation import TileModulation, sigma_slopes
 
 __all__ = ["multimax_linear_cross_entropy"]
 
@@ -49,8 +50,8 @@ def multimax_linear_cross_entropy(
 
     Equal to ``cross_entropy(modulate(hidden @ weight.T + bias, ranges, ts), labels)`` with the same meaning of
     ``ignore_index``, ``label_smoothing`` and ``reduction``; computed in float32 (float64 for float64 input) except for
-    the matrix products, which run in the type of ``hidden`` or, under autocast, in autocast's. The gradient of
-    ``weight`` is accumulated in float32 whatever its type. Gradients flow to every floating input that requires one;
+    the factors of the matrix products, which have the type of ``hidden`` or, under autocast, autocast's. The gradient
+    of ``weight`` is accumulated in float32 whatever its type. Gradients flow to every floating input that requires one;
     work is saved for those that do not. Double backward is refused.
 
     Args:
@@ -226,11 +227,20 @@ class _Problem:
     label_smoothing: float
     softcap: float | None
     chunk_size: int | None
-    dtype: torch.dtype  # of the matrix products
+    dtype: torch.dtype  # that hidden and weight are rounded to
 
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """The type that matrix products get their factors in.
+
+        Few CPUs multiply 16-bit numbers faster than float32 (on others the one against W can take 100 times longer),
+        and only CUDA keeps such a product in float32.
+        """
+        return self.dtype if self.hidden.is_cuda else self.compute_dtype
 
     @property
     def vocab(self) -> int:
@@ -239,8 +249,12 @@ class _Problem:
     def prepared(self) -> "_Problem":
         """With every tensor but ``hidden``, which is converted by chunk, in the type that it is computed in."""
         small = {name: getattr(self, name) for name in ("ranges", "ts", "bias", "scale", "shift")}
-        small = {name: None if x is None else x.to(self.compute_dtype) for name, x in small.items()}
-        return replace(self, weight=self.weight.to(self.dtype), labels=self.labels.long(), **small)
+        small = {name: None if x is None else x.to(self.compute_dtype).contiguous() for name, x in small.items()}
+        return replace(self, weight=self.as_factor(self.weight), labels=self.labels.long(), **small)
+
+    def as_factor(self, x: Tensor) -> Tensor:
+        """``x`` rounded to ``dtype``, in the type for matrix products."""
+        return x.to(self.dtype).to(self.factor_dtype)
 
     def chunk_rows(self) -> int:
         """Tokens per chunk: chunks of nearly equal size within the workspace and a quarter of the tokens."""
@@ -280,11 +294,11 @@ class _Gradients:
 
     def add_chunk(self, rows: Tensor | slice, hidden: Tensor, weight: Tensor, grad: Tensor) -> None:
         """Take ``grad``, that of a chunk's products hidden @ weight.T [rows, vocab], to hidden, weight and bias."""
-        low = grad.to(hidden.dtype)
+        factor = grad.to(hidden.dtype)
         if self.wanted["hidden"]:
-            self._sums["hidden"][rows] = torch.mm(low, weight).to(self._sums["hidden"].dtype)
+            self._sums["hidden"][rows] = torch.mm(factor, weight).to(self._sums["hidden"].dtype)
         if self.wanted["weight"]:
-            _add_product(self._sums["weight"], grad, low, hidden)
+            _add_product(self._sums["weight"], factor.t(), hidden)
         if self.wanted["bias"]:
             self._sums["bias"] += grad.sum(0)
 
@@ -312,14 +326,15 @@ def _solve(problem: _Problem, wanted: Sequence[bool], row_weights: Tensor | None
 
 def _solve_rows(problem: _Problem, gradients: _Gradients, losses: Tensor, row_weights: Tensor | None) -> None:
     """The loop over chunks of the tokens that count, and over tiles in each."""
-    rows = _counted_rows(problem)
+    kernel = _row_kernel(problem)
+    rows = _counted_rows(problem) if kernel is None else _asserted_rows(problem)
     if not rows.numel():
         return
-    tile = problem.tile_rows()
-    loss = _TileLoss(problem, gradients, tile)
+    tile = problem.tile_rows() if kernel is None else problem.chunk_rows()
+    loss = _TileLoss(problem, gradients, tile) if kernel is None else _KernelLoss(problem, gradients, kernel)
     buffer = None
     for chunk in rows.split(problem.chunk_rows()):
-        hidden = problem.hidden.index_select(0, chunk).to(problem.dtype)
+        hidden = problem.as_factor(problem.hidden.index_select(0, chunk))
         if buffer is None:
             buffer = losses.new_empty(chunk.numel(), problem.vocab)
         logits = _product(hidden, problem.weight.t(), buffer[: chunk.numel()])
@@ -419,6 +434,60 @@ class _TileLoss:
             grad.mul_(cap_slope)
 
 
+class _KernelLoss:
+    """What :class:`_TileLoss` does, for rows of any label, by the Triton kernel."""
+
+    def __init__(self, problem: _Problem, gradients: _Gradients, kernel: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.problem, self.gradients, self.kernel = problem, gradients, kernel
+        self.sums = problem.labels.new_zeros(2 * _terms(problem) + 2, dtype=torch.float64)
+
+    def __call__(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """As :meth:`_TileLoss.__call__`."""
+        problem = self.problem
+        losses, sums = self.kernel(
+            x,
+            labels,
+            *(problem.ranges, problem.ts, problem.bias, problem.scale, problem.shift, weights),
+            ignore_index=problem.ignore_index,
+            label_smoothing=problem.label_smoothing,
+            softcap=problem.softcap,
+            gradient=self.gradients.any,
+        )
+        self.sums += sums.sum(0, dtype=torch.float64)
+        return losses
+
+    def finish(self) -> None:
+        """As :meth:`_TileLoss.finish`."""
+        values, derivatives, affine = self.sums.split((_terms(self.problem), _terms(self.problem), 2))
+        if self.gradients.modulator:
+            self.gradients.add("ranges", -sigma_slopes(self.problem.ts) * derivatives)
+            self.gradients.add("ts", values)
+        if self.gradients.affine:
+            self.gradients.add("scale", affine[0])
+            self.gradients.add("shift", affine[1])
+
+
+def _terms(problem: _Problem) -> int:
+    return 0 if problem.ts is None else problem.ts.numel()
+
+
+def _row_kernel(problem: _Problem) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The Triton kernel for the row part where it can run."""
+    if not problem.hidden.is_cuda or problem.compute_dtype != torch.float32 or find_spec("triton") is None:
+        return None
+    from .triton_cross_entropy import row_losses
+
+    return row_losses
+
+
+def _asserted_rows(problem: _Problem) -> Tensor:
+    """Numbers of all tokens; labels are checked on the device, as torch's own loss does, without waiting for it."""
+    labels = problem.labels
+    valid = (labels == problem.ignore_index) | ((labels >= 0) & (labels < problem.vocab))
+    torch._assert_async(valid.all(), f"labels must be in [0, {problem.vocab}) or ignore_index = {problem.ignore_index}")
+    return torch.arange(labels.numel(), device=labels.device)
+
+
 def _counted_rows(problem: _Problem) -> Tensor:
     """Numbers of the tokens whose label is not ignored, after a check that those labels are classes."""
     rows = (problem.labels != problem.ignore_index).nonzero().squeeze(1)
@@ -444,17 +513,15 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a @ b into ``out``, which may be wider than the factors."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return out.copy_(torch.mm(a, b))
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _add_product(total: Tensor, grad: Tensor, low: Tensor, hidden: Tensor) -> None:
-    """total += grad.T @ hidden without rounding the product to the type of ``hidden``; ``low`` is grad in that type."""
-    if low.is_cuda and low.dtype != total.dtype:
-        total.add_(torch.mm(low.t(), hidden, out_dtype=total.dtype))
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; ``total`` may be wider than the factors."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
     else:
-        total.addmm_(grad.t(), hidden.to(total.dtype))
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
 
 
 def _ceil_div(a: int, b: int) -> int:

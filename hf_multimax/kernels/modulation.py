@@ -12,7 +12,13 @@ so that one pass over the tile builds ``f`` and ``e`` and the rest is BLAS.
 import torch
 from torch import Tensor
 
-__all__ = ["TileModulation"]
+__all__ = ["TileModulation", "sigma_slopes"]
+
+
+def sigma_slopes(ts: Tensor) -> Tensor:
+    """The factors of e(x) in sigma'(x), ``[-t_b1, t_d1, -2 t_b2, 2 t_d2, ...]``, for ``ts`` ``[2N]``."""
+    terms = torch.arange(ts.numel(), device=ts.device)
+    return ts * ((terms // 2 + 1) * (2 * (terms % 2) - 1))
 
 
 class TileModulation:
@@ -28,11 +34,8 @@ class TileModulation:
 
     def __init__(self, ranges: Tensor, ts: Tensor, *, capacity: int, derivatives: bool) -> None:
         terms = ranges.numel()
-        orders = torch.arange(1, terms // 2 + 1, device=ts.device, dtype=ts.dtype)
-        signs = torch.tensor([-1.0, 1.0], device=ts.device, dtype=ts.dtype)
         self.ranges, self.ts = ranges, ts
-        #: d sigma / d x = 1 + slopes @ e(x)
-        self.slopes = ts * torch.outer(orders, signs).flatten()
+        self.slopes = sigma_slopes(ts)
         self._values = ts.new_empty(terms, capacity)
         self._derivatives = ts.new_empty(terms, capacity) if derivatives else None
         self._slope = ts.new_empty(capacity) if derivatives else None

@@ -1,7 +1,7 @@
 // MultiMax attention for CPUs, forward and backward, in blocks: softmax(mask(sigma(softcap(q k^T * scale) + bias))) v.
 //
 // The scores of a block live in a thread's scratch only. The forward keeps a running maximum and sum per row and saves
-// their log-sum-exp; the backward recomputes the scores with keys outside, so that dk and dv have one owner. All
+// both; the backward recomputes the scores with keys outside, so that dk and dv have one owner. All
 // arithmetic is float32; storage may be bfloat16 or float16. Nothing depends on the number of threads except the order
 // in which partial sums of the key splits are added, and the caller fixes the number of those.
 
@@ -11,7 +11,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
 
 #include <omp.h>
 #if defined(__F16C__)
@@ -52,7 +51,8 @@ struct View {
 struct Arguments {
   View q, k, v, out, grad_out, bias, mask, grad_k, grad_v;
   float* out32;       // [splits, batch, heads, rows, value_dim] (forward, may be null), [batch, heads, ...] (backward)
-  float* lse;         // [splits, batch, heads, rows] (forward), [batch, heads, rows] (backward)
+  float* top;         // [splits, batch, heads, rows] (no splits in the backward): each row's largest modulated score
+  float* total;       // shaped like top: sum of exp(score - top), 0 for a row that sees nothing; both null if not wanted
   float* delta;       // [batch, heads, rows]: rowsum(out * grad_out), written by the backward
   float* grad_q;      // [splits, batch, heads, rows, dim], zeros on entry
   float* grad_bias;   // contiguous, zeros on entry; null where not wanted
@@ -61,7 +61,6 @@ struct Arguments {
   const float* ts;
   const float* affine;  // [1 or heads, 2], null where absent
   const float* sinks;   // [heads], null where absent
-  void* sgemm;
   int64_t grad_bias_stride[4];
   int64_t batch, heads, kv_heads, rows, keys, dim, value_dim, order;
   int64_t parameter_stride, affine_stride;  // elements from one head to the next, 0 where shared
@@ -272,15 +271,122 @@ class Pieces {
 
 // ---------------------------------------------------------------------------------------------------- products
 
-using Sgemm = void (*)(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
-                       const int*, const float*, const int*, const float*, float*, const int*);
+// Matrix products read their right factor from panels of kPanel columns, k rows each, zero-padded, so that a panel is
+// contiguous in the first cache whatever the layout of the tensor it came from.
+constexpr int kPanel = 2 * W;
+#if defined(__AVX__) && !defined(__AVX512F__)
+constexpr int kStrip = 6;  // rows of a register tile: 12 accumulators of 16 registers
+#else
+constexpr int kStrip = 12;  // 24 accumulators of 32 registers
+#endif
 
-// c[m, n] = alpha a b + beta c, row-major; a is stored [k, m] where ta, b is stored [n, k] where tb
-void multiply(const Arguments& g, bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha, Matrix a, Matrix b,
-              float beta, float* c, int64_t ldc) {
-  const int mi = int(m), ni = int(n), ki = int(k), la = int(a.stride), lb = int(b.stride), lc = int(ldc);
-  reinterpret_cast<Sgemm>(g.sgemm)(tb ? "T" : "N", ta ? "T" : "N", &ni, &mi, &ki, &alpha, b.data, &lb, a.data, &la,
-                                   &beta, c, &lc);
+int64_t padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
+
+// [n, columns] -> panels over the columns: a right factor whose inner dimension is n
+void pack(Matrix x, int64_t n, int64_t columns, float* to) {
+  for (int64_t c = 0; c < columns; c += kPanel, to += n * kPanel) {
+    const int64_t width = std::min<int64_t>(kPanel, columns - c);
+    for (int64_t i = 0; i < n; ++i) {
+      const float* from = x.data + i * x.stride + c;
+      float* line = to + i * kPanel;
+      if (width == kPanel) {
+        store(line, load(from)), store(line + W, load(from + W));
+      } else {
+        std::copy(from, from + width, line);
+        std::fill(line + width, line + kPanel, 0.0f);
+      }
+    }
+  }
+}
+
+// Transposes W vectors of W floats by log2(W) perfect shuffles.
+inline void transpose(vf* rows) {
+  vi low, high;
+  for (int i = 0; i < W; ++i) low[i] = i / 2 + (i % 2) * W, high[i] = low[i] + W / 2;
+  for (int step = 1; step < W; step *= 2) {
+    vf next[W];
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + W / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + W / 2], high);
+    }
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+}
+
+// [n, columns] -> panels over n of its transpose: a right factor whose inner dimension is columns
+void pack_transposed(Matrix x, int64_t n, int64_t columns, float* to) {
+  for (int64_t first = 0; first < n; first += kPanel, to += columns * kPanel) {
+    for (int half = 0; half < kPanel; half += W) {
+      const int64_t rows = std::max<int64_t>(0, std::min<int64_t>(W, n - first - half));
+      const float* from = x.data + (first + half) * x.stride;
+      int64_t c = 0;
+      if (rows == W) {
+        for (; c + W <= columns; c += W) {
+          vf block[W];
+          for (int i = 0; i < W; ++i) block[i] = load(from + i * x.stride + c);
+          transpose(block);
+          for (int i = 0; i < W; ++i) store(to + (c + i) * kPanel + half, block[i]);
+        }
+      }
+      for (; c < columns; ++c) {
+        for (int64_t i = 0; i < W; ++i) to[c * kPanel + half + i] = i < rows ? from[i * x.stride + c] : 0.0f;
+      }
+    }
+  }
+}
+
+// One register tile: c[M, width] = alpha a b (+ c), a stored [inner, M] where TRANSPOSED
+template <int M, bool TRANSPOSED>
+inline void tile(int64_t inner, float alpha, const float* a, int64_t lda, const float* b, bool add, float* c,
+                 int64_t ldc, int64_t width) {
+  vf sums[M][2] = {};
+  for (int64_t k = 0; k < inner; ++k) {
+    const vf b0 = load(b + k * kPanel), b1 = load(b + k * kPanel + W);
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i) {
+      const vf x = splat(TRANSPOSED ? a[k * lda + i] : a[i * lda + k]);
+      sums[i][0] += x * b0;
+      sums[i][1] += x * b1;
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i) {
+    float* line = c + i * ldc;
+    vf low = alpha * sums[i][0], high = alpha * sums[i][1];
+    if (width == kPanel) {
+      store(line, add ? load(line) + low : low), store(line + W, add ? load(line + W) + high : high);
+    } else {
+      float part[kPanel];
+      store(part, low), store(part + W, high);
+      for (int64_t j = 0; j < width; ++j) line[j] = add ? line[j] + part[j] : part[j];
+    }
+  }
+}
+
+template <int M, bool TRANSPOSED>
+void last_strip(int64_t m, int64_t inner, float alpha, const float* a, int64_t lda, const float* b, bool add, float* c,
+                int64_t ldc, int64_t width) {
+  if (m == M) return tile<M, TRANSPOSED>(inner, alpha, a, lda, b, add, c, ldc, width);
+  if constexpr (M > 1) last_strip<M - 1, TRANSPOSED>(m, inner, alpha, a, lda, b, add, c, ldc, width);
+}
+
+// c[m, n] = alpha a b (+ c) with b in panels of which the first `inner` rows are used; a is stored [inner, m] where
+// TRANSPOSED
+template <bool TRANSPOSED>
+void multiply(int64_t m, int64_t n, int64_t inner, float alpha, Matrix a, const float* panels, bool add, float* c,
+              int64_t ldc, int64_t panel_rows = 0) {
+  for (int64_t j = 0; j < n; j += kPanel, panels += (panel_rows ? panel_rows : inner) * kPanel) {
+    const int64_t width = std::min<int64_t>(kPanel, n - j);
+    int64_t i = 0;
+    for (; i + kStrip <= m; i += kStrip) {
+      tile<kStrip, TRANSPOSED>(inner, alpha, a.data + (TRANSPOSED ? i : i * a.stride), a.stride, panels, add,
+                               c + i * ldc + j, ldc, width);
+    }
+    if (i < m) {
+      last_strip<kStrip - 1, TRANSPOSED>(m - i, inner, alpha, a.data + (TRANSPOSED ? i : i * a.stride), a.stride,
+                                         panels, add, c + i * ldc + j, ldc, width);
+    }
+  }
 }
 
 // scores[j] = alpha q . k_j: one query row is a stream over the keys, which a matrix product does not do well
@@ -541,13 +647,14 @@ RowBuffers row_buffers(Pieces& piece, int64_t width) {
 template <int ORDER>
 void forward_block(const Arguments& g, int64_t b, int64_t h, int64_t row, int64_t split) {
   const int64_t rows = std::min(g.row_block, g.rows - row), dim = g.dim, value_dim = g.value_dim;
-  const int64_t width = kKeysForward + W, kv = h * g.kv_heads / g.heads;
+  const int64_t width = kKeysForward + kPanel, kv = h * g.kv_heads / g.heads;
   Pieces piece;
-  float *scores, *acc, *top, *total, *q_scratch, *k_scratch, *v_scratch;
+  float *scores, *acc, *top, *total, *q_scratch, *plain, *panels;
   RowBuffers buffers;
   for (int pass = 0; pass < 2; ++pass) {
     scores = piece(rows * width), acc = piece(rows * value_dim), top = piece(rows), total = piece(rows);
-    q_scratch = piece(rows * dim), k_scratch = piece(kKeysForward * dim), v_scratch = piece(kKeysForward * value_dim);
+    q_scratch = piece(rows * dim), plain = piece(kKeysForward * std::max(dim, value_dim));
+    panels = piece((kKeysForward + kPanel) * std::max(padded(dim), padded(value_dim)));
     buffers = row_buffers(piece, width);
     if (!pass) piece.allocate();
   }
@@ -565,11 +672,12 @@ void forward_block(const Arguments& g, int64_t b, int64_t h, int64_t row, int64_
   all = {std::max(all.low, own.low), std::min(all.high, own.high)};
   for (int64_t key = all.low; key < all.high; key += kKeysForward) {
     const int64_t keys = std::min(kKeysForward, all.high - key);
-    const Matrix k = rows_of(g.k, b, kv, key, keys, dim, k_scratch);
+    const Matrix k = rows_of(g.k, b, kv, key, keys, dim, plain);
     if (rows == 1) {
       dot_rows(q.data, k, keys, dim, float(g.scale), scores);
     } else {
-      multiply(g, false, true, rows, keys, dim, float(g.scale), q, k, 0.0f, scores, width);
+      pack_transposed(k, keys, dim, panels);
+      multiply<false>(rows, keys, dim, float(g.scale), q, panels, false, scores, width);
     }
     for (int64_t i = 0; i < rows; ++i) {
       float* line = scores + i * width;
@@ -601,11 +709,12 @@ void forward_block(const Arguments& g, int64_t b, int64_t h, int64_t row, int64_
       }
       fill_outside(line, in, keys);
     }
-    const Matrix v = rows_of(g.v, b, kv, key, keys, value_dim, v_scratch);
+    const Matrix v = rows_of(g.v, b, kv, key, keys, value_dim, plain);
     if (rows == 1) {
       add_rows(scores, v, keys, value_dim, acc);
     } else {
-      multiply(g, false, false, rows, value_dim, keys, 1.0f, {scores, width}, v, 1.0f, acc, value_dim);
+      pack(v, keys, value_dim, panels);
+      multiply<false>(rows, value_dim, keys, 1.0f, {scores, width}, panels, true, acc, value_dim);
     }
   }
 
@@ -614,7 +723,7 @@ void forward_block(const Arguments& g, int64_t b, int64_t h, int64_t row, int64_
     const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
     float* a = acc + i * value_dim;
     for (int64_t d = 0; d < value_dim; ++d) a[d] *= inverse;
-    g.lse[line + i] = total[i] == 0.0f ? -kInfinity : top[i] + std::log(total[i]);
+    if (g.top) g.top[line + i] = top[i], g.total[line + i] = total[i];
     if (g.out32) std::memcpy(g.out32 + (line + i) * value_dim, a, value_dim * sizeof(float));
     if (g.splits == 1) write(a, value_dim, g.out.type, const_cast<char*>(at(g.out, b, h, row + i, 0)));
   }
@@ -635,15 +744,18 @@ void forward(const Arguments& g) {
 // ---------------------------------------------------------------------------------------------------- backward
 
 struct BackwardBuffers {
-  float *p, *dp, *q, *k, *v, *grad_out, *grad_k, *grad_v;
+  float *p, *dp, *q, *plain, *grad_out, *grad_k, *grad_v;
+  float *k_transposed, *v_transposed, *k_panels, *row_panels;
   RowBuffers row;
 };
 
 // One row: products s and dp = grad_out v^T -> probabilities in s (with dropout) and gradients of the products in dp
 template <int ORDER, bool SCALARS>
-void backward_row(const Modulator& m, const float* mask, const float* dropout, float lse, float delta, int64_t n,
-                  float* s, float* dp, ScalarSums<ORDER>& sums) {
+void backward_row(const Modulator& m, const float* mask, const float* dropout, float top, float total, float delta,
+                  int64_t n, float* s, float* dp, ScalarSums<ORDER>& sums) {
   const Modulator local = m;
+  // top and total apart: rounding their log-sum-exp would put the same error on a whole row
+  const float inverse = 1.0f / total;
   for (int64_t j = 0; j < n; j += W) {
     const vf x = load(s + j);
     vi masked = x <= kMasked;
@@ -653,7 +765,7 @@ void backward_row(const Modulator& m, const float* mask, const float* dropout, f
       y += a;
       masked |= a == -kInfinity;
     }
-    vf p = masked ? vf{} : exp_(y - lse);
+    vf p = masked ? vf{} : exp_(y - top) * inverse;
     vf drop = dropout ? load(dropout + j) : splat(1.0f);
     vf g = masked ? vf{} : p * (load(dp + j) * drop - delta);
     vf safe = masked ? vf{} : x;  // 0 times infinity is NaN
@@ -703,8 +815,8 @@ void add_scalars(const Modulator& m, const ScalarSums<ORDER>& sums, const vf* af
 // One block of keys against one block of rows of one head
 template <int ORDER, bool SCALARS>
 void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffers& t, int64_t b, int64_t h, int64_t row,
-                    int64_t key, Matrix k, Matrix v, int64_t block_keys, int64_t split) {
-  const int64_t rows = std::min(kRowsBackward, g.rows - row), width = kKeysBackward + W;
+                    int64_t key, int64_t block_keys, int64_t split) {
+  const int64_t rows = std::min(kRowsBackward, g.rows - row), width = kKeysBackward + kPanel;
   const Range all = clip(visible(g, row, rows), key, key + block_keys);
   // whole rows of the block are computed from its first key on, so that k, v and their gradients share an origin
   const int64_t keys = all.high;
@@ -712,8 +824,8 @@ void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffer
   const float scale = float(g.scale);
   const Matrix q = rows_of(g.q, b, h, row, rows, g.dim, t.q);
   const Matrix grad_out = rows_of(g.grad_out, b, h, row, rows, g.value_dim, t.grad_out);
-  multiply(g, false, true, rows, keys, g.dim, scale, q, k, 0.0f, t.p, width);
-  multiply(g, false, true, rows, keys, g.value_dim, 1.0f, grad_out, v, 0.0f, t.dp, width);
+  multiply<false>(rows, keys, g.dim, scale, q, t.k_transposed, false, t.p, width);
+  multiply<false>(rows, keys, g.value_dim, 1.0f, grad_out, t.v_transposed, false, t.dp, width);
 
   ScalarSums<ORDER> sums;
   if (SCALARS) std::memset(&sums, 0, sizeof sums);
@@ -721,7 +833,7 @@ void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffer
   const int64_t line = (b * g.heads + h) * g.rows + row;
   for (int64_t i = 0; i < rows; ++i) {
     Range in = clip(visible(g, row + i, 1), key, key + keys);
-    if (g.lse[line + i] == -kInfinity) in = {0, 0};
+    if (g.total[line + i] == 0.0f) in = {0, 0};
     float *s = t.p + i * width + in.low, *ds = t.dp + i * width + in.low;
     const int64_t n = in.high - in.low, first = key + in.low;
     if (n > 0) {
@@ -730,7 +842,7 @@ void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffer
       if (g.mask.data) mask_row(g, b, h, row + i, first, n, t.row.mask);
       if (g.dropout > 0) dropout_row(g, b * g.heads + h, row + i, first, n, t.row.dropout);
       backward_row<ORDER, SCALARS>(m, g.mask.data ? t.row.mask : nullptr, g.dropout > 0 ? t.row.dropout : nullptr,
-                                   g.lse[line + i], g.delta[line + i], n, s, ds, sums);
+                                   g.top[line + i], g.total[line + i], g.delta[line + i], n, s, ds, sums);
       unprepare_row(g, m, t.row, b, h, row + i, first, n, ds, affine_sums);
     }
     fill_outside(t.p + i * width, in, keys);
@@ -741,22 +853,27 @@ void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffer
     add_scalars<ORDER>(m, sums, affine_sums, g.grad_scalars + head * (4 * g.order + 2));
   }
 
-  multiply(g, true, false, keys, g.value_dim, rows, 1.0f, {t.p, width}, grad_out, 1.0f, t.grad_v, g.value_dim);
-  multiply(g, true, false, keys, g.dim, rows, scale, {t.dp, width}, q, 1.0f, t.grad_k, g.dim);
+  pack(grad_out, rows, g.value_dim, t.row_panels);
+  multiply<true>(keys, g.value_dim, rows, 1.0f, {t.p, width}, t.row_panels, true, t.grad_v, g.value_dim);
+  pack(q, rows, g.dim, t.row_panels);
+  multiply<true>(keys, g.dim, rows, scale, {t.dp, width}, t.row_panels, true, t.grad_k, g.dim);
   float* grad_q = g.grad_q + (((split * g.batch + b) * g.heads + h) * g.rows + row) * g.dim;
-  multiply(g, false, false, rows, g.dim, keys, scale, {t.dp, width}, k, 1.0f, grad_q, g.dim);
+  multiply<false>(rows, g.dim, keys, scale, {t.dp, width}, t.k_panels, true, grad_q, g.dim, block_keys);
 }
 
 // All rows and query heads of one key-value head against the keys of one split
 template <int ORDER>
 void backward_keys(const Arguments& g, int64_t b, int64_t kv, int64_t split) {
-  const int64_t width = kKeysBackward + W, group = g.heads / g.kv_heads;
+  const int64_t width = kKeysBackward + kPanel, group = g.heads / g.kv_heads;
   Pieces piece;
   BackwardBuffers t;
   for (int pass = 0; pass < 2; ++pass) {
     t.p = piece(kRowsBackward * width), t.dp = piece(kRowsBackward * width);
     t.q = piece(kRowsBackward * g.dim), t.grad_out = piece(kRowsBackward * g.value_dim);
-    t.k = piece(kKeysBackward * g.dim), t.v = piece(kKeysBackward * g.value_dim);
+    t.plain = piece(kKeysBackward * std::max(g.dim, g.value_dim));
+    t.k_transposed = piece((kKeysBackward + kPanel) * g.dim), t.v_transposed = piece((kKeysBackward + kPanel) * g.value_dim);
+    t.k_panels = piece(kKeysBackward * padded(g.dim));
+    t.row_panels = piece(kRowsBackward * std::max(padded(g.dim), padded(g.value_dim)));
     t.grad_k = piece(kKeysBackward * g.dim), t.grad_v = piece(kKeysBackward * g.value_dim);
     t.row = row_buffers(piece, width);
     if (!pass) piece.allocate();
@@ -764,17 +881,19 @@ void backward_keys(const Arguments& g, int64_t b, int64_t kv, int64_t split) {
   const int64_t end = (split + 1) * g.keys / g.splits;
   for (int64_t key = split * g.keys / g.splits; key < end; key += kKeysBackward) {
     const int64_t keys = std::min(kKeysBackward, end - key);
-    const Matrix k = rows_of(g.k, b, kv, key, keys, g.dim, t.k);
-    const Matrix v = rows_of(g.v, b, kv, key, keys, g.value_dim, t.v);
+    const Matrix k = rows_of(g.k, b, kv, key, keys, g.dim, t.plain);
+    pack_transposed(k, keys, g.dim, t.k_transposed);
+    pack(k, keys, g.dim, t.k_panels);
+    pack_transposed(rows_of(g.v, b, kv, key, keys, g.value_dim, t.plain), keys, g.value_dim, t.v_transposed);
     std::fill(t.grad_k, t.grad_k + keys * g.dim, 0.0f);
     std::fill(t.grad_v, t.grad_v + keys * g.value_dim, 0.0f);
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
       const Modulator m(g, h);
       for (int64_t row = 0; row < g.rows; row += kRowsBackward) {
         if (g.grad_scalars) {
-          backward_block<ORDER, true>(g, m, t, b, h, row, key, k, v, keys, split);
+          backward_block<ORDER, true>(g, m, t, b, h, row, key, keys, split);
         } else {
-          backward_block<ORDER, false>(g, m, t, b, h, row, key, k, v, keys, split);
+          backward_block<ORDER, false>(g, m, t, b, h, row, key, keys, split);
         }
       }
     }

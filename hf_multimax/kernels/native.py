@@ -1,7 +1,7 @@
 """MultiMax attention on CPUs in C++: compiled at first use, cached, and faster than PyTorch's own SoftMax attention.
 
 ``native.cpp`` is plain C++ with OpenMP behind a C interface, so that compiling it takes seconds and needs a compiler
-only. Its matrix products are PyTorch's own ``sgemm``, its threads those of PyTorch's OpenMP runtime.
+only. Its threads are those of PyTorch's OpenMP runtime.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -73,19 +74,18 @@ def attention(
         ValueError, TypeError: as ``tiled.attention``; ValueError for a feature that :func:`unsupported` names.
         RuntimeError: if the extension could not be built; the text says why.
     """
-    call = dict(mask=mask, bias=bias, affine=affine, dropout_p=dropout_p, causal=causal, window=window, scale=scale)
-    call.update(softcap=softcap, sinks=sinks)
-    tiled.check_arguments(q, k, v, ranges, ts, **call)
-    missing = unsupported(q, k, v, ranges, ts, **call)
+    tiled.check_arguments(q, k, v, ranges, ts, mask, bias, affine, dropout_p, causal, window, softcap, sinks)
+    missing = unsupported(q, k, v, ranges, ts, mask=mask, bias=bias)
     if missing:
         raise ValueError(f"the native backend does not support {missing}; use backend('tiled') or backend('auto')")
     affine_scale, affine_shift = affine or (None, None)
     tensors = (q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks)
-    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     window, softcap = -1 if window is None else window, 0.0 if softcap is None else softcap
     seed = tiled.dropout_seed(dropout_p)
-    return _forward_op(*tensors, seed, dropout_p, causal, window, scale, softcap, training)[0]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _training_op(*tensors, seed, dropout_p, causal, window, scale, softcap)[0]
+    return _inference_op(*tensors, seed, dropout_p, causal, window, scale, softcap)
 
 
 def unsupported(
@@ -232,35 +232,23 @@ def _run(command: Sequence[str]) -> str:
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.multimax_arguments_size.restype = ctypes.c_int64
-    if library.multimax_arguments_size() != ctypes.sizeof(Arguments):
+    if library.multimax_arguments_size() != PACKED.size:
         raise BuildError(f"{path} was built for another version of this package; delete it")
     for function in (library.multimax_forward, library.multimax_backward):
-        function.argtypes, function.restype = [ctypes.POINTER(Arguments)], None
-    library.sgemm_address = _sgemm_address()
+        function.argtypes, function.restype = [ctypes.c_char_p], None
     return library
-
-
-def _sgemm_address() -> int:
-    own = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        return ctypes.cast(ctypes.CDLL(str(own)).sgemm_, ctypes.c_void_p).value or 0
-    except (OSError, AttributeError) as error:
-        raise BuildError("this build of PyTorch exports no sgemm_") from error
 
 
 # ------------------------------------------------------------------------------------------------------ calling
 
-
-class View(ctypes.Structure):
-    """``View`` of native.cpp."""
-
-    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 4), ("type", ctypes.c_int64)]
-
-
+# ``Arguments`` of native.cpp, every field of which is made of 64-bit words. A struct packed at once costs a tenth of
+# a ctypes.Structure filled field by field, which decoding one token would notice.
 VIEWS = ("q", "k", "v", "out", "grad_out", "bias", "mask", "grad_k", "grad_v")
+VIEW_WORDS = 6  # data, four strides, type
 POINTERS = (
-    "out32", "lse", "delta", "grad_q", "grad_bias", "grad_scalars", "ranges", "ts", "affine", "sinks", "sgemm",
+    "out32", "top", "total", "delta", "grad_q", "grad_bias", "grad_scalars", "ranges", "ts", "affine", "sinks",
 )  # fmt: skip
+STRIDES = "grad_bias_stride"
 INTEGERS = (
     "batch", "heads", "kv_heads", "rows", "keys", "dim", "value_dim", "order", "parameter_stride", "affine_stride",
     "causal", "window", "row_block", "splits", "threads", "seed",
@@ -268,43 +256,54 @@ INTEGERS = (
 REALS = ("scale", "softcap", "dropout")
 
 
-class Arguments(ctypes.Structure):
-    """``Arguments`` of native.cpp."""
+def _offsets() -> tuple[dict[str, int], int]:
+    """The first word of every field, and the number of words."""
+    sizes = [(name, VIEW_WORDS) for name in VIEWS]
+    sizes += [(name, 1) for name in POINTERS] + [(STRIDES, 4)] + [(name, 1) for name in (*INTEGERS, *REALS)]
+    offsets, word = {}, 0
+    for name, size in sizes:
+        offsets[name], word = word, word + size
+    return offsets, word
 
-    _fields_ = [
-        *((name, View) for name in VIEWS),
-        *((name, ctypes.c_void_p) for name in POINTERS),
-        ("grad_bias_stride", ctypes.c_int64 * 4),
-        *((name, ctypes.c_int64) for name in INTEGERS),
-        *((name, ctypes.c_double) for name in REALS),
-    ]
+
+OFFSETS, WORDS = _offsets()
+PACKED = struct.Struct(f"={WORDS - len(REALS)}q{len(REALS)}d")
 
 
 class Call:
     """The arguments of one C call, and the tensors that its pointers need alive."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, ts: Tensor) -> None:
-        self.arguments, self._kept = Arguments(), []
-        a = self.arguments
-        a.batch, a.heads, a.rows, a.dim = q.shape
-        a.kv_heads, a.keys, a.value_dim = k.shape[1], k.shape[2], v.shape[3]
-        a.order, a.parameter_stride = ranges.shape[-1] // 2, ranges.shape[-1] if ranges.ndim == 2 else 0
-        a.threads = torch.get_num_threads()
-        a.splits = 1
+        self._words: list[int | float] = [0] * WORDS
+        self._kept: list[Tensor] = []
+        self.batch, self.heads, self.rows, dim = q.shape
+        self.kv_heads, self.keys = k.shape[1], k.shape[2]
+        self.order, self.threads = ranges.shape[-1] // 2, torch.get_num_threads()
+        self.set(
+            batch=self.batch, heads=self.heads, rows=self.rows, dim=dim, kv_heads=self.kv_heads, keys=self.keys,
+            value_dim=v.shape[3], order=self.order, parameter_stride=ranges.shape[-1] if ranges.ndim == 2 else 0,
+            threads=self.threads, splits=1,
+        )  # fmt: skip
         self.views(q=_dense_rows(q), k=_dense_rows(k), v=_dense_rows(v))
         self.pointers(ranges=_parameter(ranges), ts=_parameter(ts))
+
+    def set(self, **values: int | float) -> None:
+        """Set numbers."""
+        for name, value in values.items():
+            self._words[OFFSETS[name]] = value
 
     def views(self, **tensors: Tensor) -> None:
         """Set ``[batch, heads, rows, columns]`` views."""
         for name, x in tensors.items():
             self._kept.append(x)
-            setattr(self.arguments, name, View(x.data_ptr(), x.stride(), TYPES[x.dtype]))
+            start = OFFSETS[name]
+            self._words[start : start + VIEW_WORDS] = x.data_ptr(), *x.stride(), TYPES[x.dtype]
 
     def pointers(self, **tensors: Tensor) -> None:
         """Set pointers to contiguous tensors."""
         for name, x in tensors.items():
             self._kept.append(x)
-            setattr(self.arguments, name, x.data_ptr())
+            self._words[OFFSETS[name]] = x.data_ptr()
 
     def features(
         self, mask: Tensor | None, bias: Tensor | None, affine_scale: Tensor | None, affine_shift: Tensor | None,
@@ -312,38 +311,42 @@ class Call:
         softcap: float,
     ) -> None:  # fmt: skip
         """Set everything that a call may do without."""
-        a = self.arguments
-        a.causal, a.window, a.scale, a.softcap = causal, window, scale, softcap
-        shape = (a.batch, a.heads, a.rows, a.keys)
+        self.set(causal=causal, window=window, scale=scale, softcap=softcap)
+        shape = (self.batch, self.heads, self.rows, self.keys)
         for name, tensor in (("mask", mask), ("bias", bias)):
             if tensor is not None:
                 self.views(**{name: tensor.expand(shape)})
         if affine_scale is not None and affine_shift is not None:
             pair = torch.stack(torch.broadcast_tensors(_parameter(affine_scale), _parameter(affine_shift)), -1)
-            a.affine_stride = 2 if pair.ndim == 2 else 0
+            self.set(affine_stride=2 if pair.ndim == 2 else 0)
             self.pointers(affine=pair)
         if sinks is not None:
             self.pointers(sinks=_parameter(sinks))
         if seed is not None:
-            a.seed, a.dropout = int(seed), dropout_p
+            self.set(seed=int(seed), dropout=dropout_p)
+
+    def grad_bias(self, grad: Tensor) -> None:
+        """Set the contiguous accumulator for the bias's gradient."""
+        start = OFFSETS[STRIDES]
+        self._words[start : start + 4] = grad.expand(self.batch, self.heads, self.rows, self.keys).stride()
+        self.pointers(grad_bias=grad)
 
     def run(self, name: str) -> None:
         """Call ``multimax_<name>`` of the extension."""
         library, why = _load()
         if library is None:
             raise RuntimeError(f"native CPU attention is not available: {why}; use backend('tiled')")
-        self.arguments.sgemm = library.sgemm_address
-        getattr(library, f"multimax_{name}")(ctypes.byref(self.arguments))
+        getattr(library, f"multimax_{name}")(PACKED.pack(*self._words))
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """``x`` with rows that sgemm can read: unit stride within, and at least their length apart."""
+    """``x`` with unit stride within its rows."""
     dense = (x.stride(3) == 1 and x.stride(2) >= x.shape[3]) or (x.shape[3] == 1 and x.stride(2) >= 1)
     return x if dense else x.contiguous()
 
 
 def _parameter(x: Tensor) -> Tensor:
-    return x.detach().to(torch.float32).contiguous()
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
 
 
 def _forward_split(batch: int, heads: int, rows: int, keys: int, threads: int) -> tuple[int, int]:
@@ -359,15 +362,16 @@ def _forward_split(batch: int, heads: int, rows: int, keys: int, threads: int) -
     return row_block + -row_block % 8 if row_block > 8 else max(row_block, 1), splits
 
 
-def _merge_splits(partial: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Join the outputs ``[splits, ..., Dv]`` of disjoint keys by their log-sum-exps ``[splits, ...]``."""
-    total = lse.logsumexp(0)
-    weight = (lse - total).exp().masked_fill_(total == float("-inf"), 0.0)
-    return (partial * weight.unsqueeze(-1)).sum(0), total
+def _merge_splits(partial: Tensor, tops: Tensor, totals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Join the outputs ``[splits, ..., Dv]`` of disjoint keys by each one's row maxima and sums ``[splits, ...]``."""
+    top = tops.amax(0)
+    weights = totals * (tops - top).exp().masked_fill_(totals == 0, 0.0)
+    total = weights.sum(0)
+    shares = (weights / total).masked_fill_(total == 0, 0.0)
+    return (partial * shares.unsqueeze(-1)).sum(0), top, total
 
 
-@torch.library.custom_op("hf_multimax::native_attention", mutates_args=(), device_types="cpu")
-def _forward_op(
+def _inference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -384,55 +388,91 @@ def _forward_op(
     window: int,
     scale: float,
     softcap: float,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, out32, lse = _outputs(q, v, training)
-    if not out.numel():
-        return out, out32, lse
+) -> Tensor:
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=v.dtype)
     call = Call(q, k, v, ranges, ts)
     call.features(mask, bias, affine_scale, affine_shift, sinks, seed, dropout_p, causal, window, scale, softcap)
-    a = call.arguments
-    a.row_block, a.splits = _forward_split(*q.shape[:3], k.shape[2], a.threads)
+    _run_forward(call, out, None, None)
+    return out
+
+
+def _training(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    ts: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    causal: bool,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, out32, stats = _outputs(q, v)
+    call = Call(q, k, v, ranges, ts)
+    call.features(mask, bias, affine_scale, affine_shift, sinks, seed, dropout_p, causal, window, scale, softcap)
+    _run_forward(call, out, out32 if out32.numel() else None, stats)
+    return out, out32, stats
+
+
+def _run_forward(call: Call, out: Tensor, out32: Tensor | None, stats: Tensor | None) -> None:
+    """Compute the result and, where given, its float32 copy and the rows' statistics."""
+    if not out.numel():
+        return
+    row_block, splits = _forward_split(call.batch, call.heads, call.rows, call.keys, call.threads)
+    call.set(row_block=row_block, splits=splits)
     call.views(out=out)
-    if a.splits > 1:
-        partial = torch.empty((a.splits, *out.shape), dtype=torch.float32)
-        partial_lse = torch.empty((a.splits, *lse.shape), dtype=torch.float32)
-        call.pointers(out32=partial, lse=partial_lse)
+    if splits > 1:
+        partial = torch.empty((splits, *out.shape), dtype=torch.float32)
+        tops, totals = torch.empty((2, splits, *out.shape[:3]), dtype=torch.float32)
+        call.pointers(out32=partial, top=tops, total=totals)
         call.run("forward")
-        merged, total = _merge_splits(partial, partial_lse)
-        lse.copy_(total)
+        merged, *rows = _merge_splits(partial, tops, totals)
         out.copy_(merged)
-        if out32.numel():
+        if out32 is not None:
             out32.copy_(merged)
-        return out, out32, lse
-    call.pointers(lse=lse)
-    if out32.numel():
+        if stats is not None:
+            torch.stack(rows, out=stats)
+        return
+    if stats is not None:
+        call.pointers(top=stats[0], total=stats[1])
+    if out32 is not None:
         call.pointers(out32=out32)
     call.run("forward")
-    return out, out32, lse
 
 
-def _outputs(q: Tensor, v: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(result, its float32 copy or nothing, log-sum-exp per row): a rounded result would spoil the scalars' gradients."""
+def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(result, its float32 copy or nothing, ``[2, B, H, Nq]`` maximum and sum of every row).
+
+    The copy is there because a rounded result would spoil the gradients of the scalars.
+    """
     shape = (*q.shape[:3], v.shape[3])
-    copy = shape if training and v.dtype != torch.float32 else (0,)
+    copy = shape if v.dtype != torch.float32 else (0,)
     return (
         torch.empty(shape, dtype=v.dtype, device=v.device),
         torch.empty(copy, dtype=torch.float32, device=v.device),
-        torch.empty(q.shape[:3], dtype=torch.float32, device=v.device),
+        torch.empty((2, *q.shape[:3]), dtype=torch.float32, device=v.device),
     )
 
 
-@_forward_op.register_fake
-def _(q, k, v, *rest):
-    return _outputs(q, v, rest[-1])
+def _fake_inference(q, k, v, *rest):
+    return v.new_empty((*q.shape[:3], v.shape[3]))
 
 
-@torch.library.custom_op("hf_multimax::native_attention_backward", mutates_args=(), device_types="cpu")
-def _backward_op(
+def _fake_training(q, k, v, *rest):
+    return _outputs(q, v)
+
+
+def _backward(
     grad_out: Tensor,
     out32: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -458,34 +498,33 @@ def _backward_op(
         ]
     call = Call(q, k, v, ranges, ts)
     call.features(mask, bias, affine_scale, affine_shift, sinks, seed, dropout_p, causal, window, scale, softcap)
-    a = call.arguments
-    a.splits = _backward_splits(q, k, bias if needed[6] else None, a.threads)
-    grad_q = torch.zeros((a.splits, *q.shape), dtype=torch.float32)
+    splits = _backward_splits(q, k, bias if needed[6] else None, call.threads)
+    call.set(splits=splits)
+    grad_q = torch.zeros((splits, *q.shape), dtype=torch.float32)
     grad_k, grad_v = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
-    delta = torch.empty_like(lse)
+    delta = torch.empty(q.shape[:3], dtype=torch.float32)
     call.views(grad_out=_dense_rows(grad_out), grad_k=grad_k, grad_v=grad_v)
-    call.pointers(out32=out32, lse=lse, delta=delta, grad_q=grad_q)
+    call.pointers(out32=out32, top=stats[0], total=stats[1], delta=delta, grad_q=grad_q)
     scalars = grad_bias = None
     if any(needed[i] for i in (3, 4, 7, 8)):
-        scalars = torch.zeros((a.splits, a.batch, a.heads, 4 * a.order + 2), dtype=torch.float64)
+        scalars = torch.zeros((splits, call.batch, call.heads, 4 * call.order + 2), dtype=torch.float64)
         call.pointers(grad_scalars=scalars)
     if needed[6] and bias is not None:
         grad_bias = torch.zeros(bias.shape, dtype=torch.float32)
-        strides = grad_bias.expand(a.batch, a.heads, a.rows, a.keys).stride()
-        a.grad_bias_stride[:] = strides
-        call.pointers(grad_bias=grad_bias)
+        call.grad_bias(grad_bias)
     call.run("backward")
-    grads = [grad_q[0] if a.splits == 1 else grad_q.sum(0), grad_k, grad_v, *_scalar_gradients(scalars, a.order)]
-    grads[5:5] = [None, grad_bias]
-    grads.append(_sink_gradient(sinks, lse, delta))
+    grads = (
+        grad_q[0] if splits == 1 else grad_q.sum(0), grad_k, grad_v, *_scalar_gradients(scalars, call.order),
+        _sink_gradient(sinks, stats, delta),
+    )  # fmt: skip
     return [
         tiled.fitted(grad, x) if wanted and x is not None else q.new_empty(0)
-        for grad, x, wanted in zip(grads, inputs, needed)
+        for grad, x, wanted in zip((*grads[:5], None, grad_bias, *grads[5:]), inputs, needed)
     ]
 
 
 def _backward_splits(q: Tensor, k: Tensor, bias: Tensor | None, threads: int) -> int:
-    """Key splits that give every thread work where key-value heads are few; each costs one more copy of q's gradient."""
+    """Key splits that give every thread work where heads are few; each costs one more copy of q's gradient."""
     items = q.shape[0] * k.shape[1]
     if bias is not None:  # heads that share a bias entry go to one thread
         shape = (1,) * (4 - bias.ndim) + bias.shape
@@ -503,31 +542,35 @@ def _scalar_gradients(partial: Tensor | None, order: int) -> list[Tensor | None]
     return [total[:, : 2 * order], total[:, 2 * order : 4 * order], total[:, -2], total[:, -1]]
 
 
-def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
-    """A sink's share of every row, ``exp(sink - lse)``, takes ``-delta``."""
+def _sink_gradient(sinks: Tensor | None, stats: Tensor, delta: Tensor) -> Tensor | None:
+    """A sink's share of every row, ``exp(sink - top) / total``, takes ``-delta``."""
     if sinks is None:
         return None
-    share = (sinks.float()[:, None] - lse).exp().masked_fill_(lse == float("-inf"), 0.0)
-    return -(share.double() * delta).sum((0, 2))
+    top, total = stats.double()
+    share = ((sinks.double()[:, None] - top).exp() / total).masked_fill_(total == 0, 0.0)
+    return -(share * delta).sum((0, 2))
 
 
-@_backward_op.register_fake
-def _(grad_out, out32, lse, *rest):
+def _fake_backward(grad_out, out32, stats, *rest):
     return tiled.fake_gradients(rest[: tiled.DIFFERENTIABLE], rest[-1])
 
 
 def _save(ctx, inputs, output) -> None:
-    *inputs, _training = inputs
     tensors, ctx.options = inputs[: tiled.DIFFERENTIABLE + 1], inputs[tiled.DIFFERENTIABLE + 1 :]
-    out, out32, lse = output
-    ctx.save_for_backward(out32 if out32.numel() else out, lse, *tensors)
+    out, out32, stats = output
+    ctx.save_for_backward(out32 if out32.numel() else out, stats, *tensors)
 
 
-def _differentiate(ctx, grad_out: Tensor, _grad_out32: Tensor, _grad_lse: Tensor):
+def _differentiate(ctx, grad_out: Tensor, _grad_out32: Tensor, _grad_stats: Tensor):
     needed = list(ctx.needs_input_grad[: tiled.DIFFERENTIABLE])
     grads = _backward_op(grad_out, *ctx.saved_tensors, *ctx.options, needed)
-    absent = [None] * (2 + len(ctx.options))
+    absent = [None] * (1 + len(ctx.options))
     return *(grad if wanted else None for grad, wanted in zip(grads, needed)), *absent
 
 
-_forward_op.register_autograd(_differentiate, setup_context=_save)
+_inference_op = tiled.define_operator("native_attention", _inference, _fake_inference, "CPU")
+_training_op = tiled.define_operator("native_attention_training", _training, _fake_training, "CPU")
+_backward_op = tiled.define_operator("native_attention_backward", _backward, _fake_backward, "CPU")
+torch.library.register_autograd(
+    "hf_multimax::native_attention_training", _differentiate, setup_context=_save, lib=tiled.LIBRARY
+)

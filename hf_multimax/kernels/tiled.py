@@ -68,12 +68,7 @@ def attention(
         ValueError: for shapes that do not fit, and causal or window with more queries than keys.
         TypeError: for types that do not fit.
     """
-    call = dict(mask=mask, bias=bias, affine=affine, dropout_p=dropout_p, causal=causal, window=window, scale=scale)
-    call.update(softcap=softcap, sinks=sinks)
-    check_arguments(q, k, v, ranges, ts, **call)
-    reason = unsupported(q, k, v, ranges, ts, **call)
-    if reason:
-        raise ValueError(f"the tiled backend does not support {reason}; use backend('eager')")
+    check_arguments(q, k, v, ranges, ts, mask, bias, affine, dropout_p, causal, window, softcap, sinks)
     affine_scale, affine_shift = affine or (None, None)
     seed = dropout_seed(dropout_p)
     return _forward_op(
@@ -120,7 +115,7 @@ def rowwise_attention(
     Raises:
         ValueError, TypeError: as :func:`attention`.
     """
-    check_arguments(q, k, v, None, None, mask=mask, bias=bias, dropout_p=dropout_p, causal=causal, window=window)
+    check_arguments(q, k, v, None, None, mask, bias, None, dropout_p, causal, window, softcap)
     options = Options(*_options(q, dropout_p, causal, window, scale, softcap))
     seed = dropout_seed(dropout_p)
     return _RowwiseAttention.apply(row_function, options, seed, q, k, v, mask, bias, *parameters)
@@ -137,14 +132,12 @@ def check_arguments(
     v: Tensor,
     ranges: Tensor | None,
     ts: Tensor | None,
-    *,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     affine: Affine | None = None,
     dropout_p: float = 0.0,
     causal: bool = False,
     window: int | None = None,
-    scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> None:
@@ -197,7 +190,7 @@ def _check_parameters(ranges: Tensor, ts: Tensor, affine: Affine | None, sinks: 
 def _options(
     q: Tensor, dropout_p: float, causal: bool, window: int | None, scale: float | None, softcap: float | None
 ) -> tuple[float, bool, int, float, float]:
-    """The plain numbers of a call, as an operator takes them: (dropout_p, causal, window or -1, scale, softcap or 0)."""
+    """The plain numbers of a call: (dropout_p, causal, window or -1, scale, softcap or 0)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return dropout_p, causal, -1 if window is None else window, scale, 0.0 if softcap is None else softcap
 
@@ -642,16 +635,11 @@ def _empty_output(q: Tensor, v: Tensor) -> Tensor:
     return torch.empty((*q.shape[:3], v.shape[3]), dtype=v.dtype, device=v.device)
 
 
-_forward_op = torch.library.custom_op("hf_multimax::tiled_attention", _attention_forward, mutates_args=())
-
-
-@_forward_op.register_fake
-def _(q, k, v, *rest):
+def _fake_forward(q, k, v, *rest):
     return _empty_output(q, v)
 
 
-@torch.library.custom_op("hf_multimax::tiled_attention_backward", mutates_args=())
-def _backward_op(
+def _attention_backward(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -691,8 +679,7 @@ def fitted(grad: Tensor, like: Tensor) -> Tensor:
     return grad.to(like.dtype)
 
 
-@_backward_op.register_fake
-def _(grad_out, q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks, *rest):
+def _fake_backward(grad_out, q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks, *rest):
     inputs = (q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks)
     return fake_gradients(inputs, rest[-1])
 
@@ -718,10 +705,26 @@ def _differentiate(ctx, grad_out: Tensor):
     return *(grad if wanted else None for grad, wanted in zip(grads, needed)), *absent
 
 
-_forward_op.register_autograd(_differentiate, setup_context=_save)
+#: the fragment that the operators below and those of the native backend live in, as long as the process does
+LIBRARY = torch.library.Library("hf_multimax", "FRAGMENT")
 
 
-# ------------------------------------------------------------------------------------------------------ any row function
+def define_operator(name: str, function: Callable, fake: Callable, dispatch_key: str) -> Callable:
+    """A functional operator ``hf_multimax::name`` (a third of the overhead of ``torch.library.custom_op``)."""
+    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    LIBRARY.impl(name, function, dispatch_key)
+    torch.library.register_fake(f"hf_multimax::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.hf_multimax, name).default
+
+
+_forward_op = define_operator("tiled_attention", _attention_forward, _fake_forward, "CompositeExplicitAutograd")
+_backward_op = define_operator(
+    "tiled_attention_backward", _attention_backward, _fake_backward, "CompositeExplicitAutograd"
+)
+torch.library.register_autograd("hf_multimax::tiled_attention", _differentiate, setup_context=_save, lib=LIBRARY)
+
+
+# ------------------------------------------------------------------------------------------------------ any function
 
 
 class AutogradRows:

@@ -288,11 +288,11 @@ def _as_tensor(value: Tensor | float | None, device: torch.device) -> Tensor | N
 
 
 def _outputs(q: Tensor, v: Tensor, zeros: bool = False) -> tuple[Tensor, Tensor]:
-    """Buffers for the output, laid out as ``[B, Nq, H, Dv]`` so that merging the heads is a view, and for lse."""
+    """Buffers for the output, laid out as ``[B, Nq, H, Dv]`` so that merging the heads is a view, and for the rows' norms."""
     batch, heads, n_rows, _ = q.shape
     make = torch.zeros if zeros else torch.empty
     o = make(batch, n_rows, heads, v.shape[-1], dtype=v.dtype, device=v.device).transpose(1, 2)
-    return o, make(batch, heads, n_rows, dtype=torch.float32, device=q.device)
+    return o, make(2, batch, heads, n_rows, dtype=torch.float32, device=q.device)
 
 
 def _problem(*arguments):
@@ -329,9 +329,9 @@ def _forward(
         q, k, v, ranges, ts, affine_scale, affine_shift, sinks, mask, bias, seed, cu_q, cu_k, max_q, max_k, dropout_p,
         causal, window, scale, softcap,
     )  # fmt: skip
-    o, lse = _outputs(q, v, zeros=cu_q is not None)
-    launch.forward(problem, o, lse)
-    return o, lse
+    o, norms = _outputs(q, v, zeros=cu_q is not None)
+    launch.forward(problem, o, norms)
+    return o, norms
 
 
 @_forward.register_fake
@@ -343,7 +343,7 @@ def _(q, k, v, *others):
 def _backward(
     do: Tensor,
     o: Tensor,
-    lse: Tensor,
+    norms: Tensor,
     needs: list[bool],
     q: Tensor,
     k: Tensor,
@@ -371,11 +371,11 @@ def _backward(
         q, k, v, ranges, ts, affine_scale, affine_shift, sinks, mask, bias, seed, cu_q, cu_k, max_q, max_k, dropout_p,
         causal, window, scale, softcap,
     )  # fmt: skip
-    return launch.backward(problem, do, o, lse, needs)
+    return launch.backward(problem, do, o, norms, needs)
 
 
 @_backward.register_fake
-def _(do, o, lse, needs, q, k, v, ranges, ts, affine_scale, affine_shift, sinks, mask, bias, *others):
+def _(do, o, norms, needs, q, k, v, ranges, ts, affine_scale, affine_shift, sinks, mask, bias, *others):
     inputs = (q, k, v, ranges, ts, affine_scale, affine_shift, sinks, bias)
     return [_gradient_buffer(x) if need else q.new_empty(0) for x, need in zip(inputs, needs)]
 
@@ -390,19 +390,19 @@ _DIFFERENTIABLE = (0, 1, 2, 3, 4, 5, 6, 7, 9)
 
 
 def _save(ctx, inputs, output) -> None:
-    o, lse = output
+    o, norms = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(o, lse, *inputs[:_TENSORS])
+    ctx.save_for_backward(o, norms, *inputs[:_TENSORS])
     ctx.options = inputs[_TENSORS:]
 
 
 def _differentiate(ctx, do: Tensor | None, _: Tensor | None):
-    o, lse, *tensors = ctx.saved_tensors
+    o, norms, *tensors = ctx.saved_tensors
     nothing = [None] * (_TENSORS + len(ctx.options))
     needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     if do is None or not any(needs):
         return tuple(nothing)
-    found = _backward(do, o, lse, needs, *tensors, *ctx.options)
+    found = _backward(do, o, norms, needs, *tensors, *ctx.options)
     for i, need, gradient in zip(_DIFFERENTIABLE, needs, found):
         nothing[i] = gradient if need else None
     return tuple(nothing)

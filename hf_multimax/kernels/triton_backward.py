@@ -11,12 +11,14 @@ from hf_multimax.kernels.triton_common import (
     LN2,
     LOG2E,
     add_vectors,
+    broadcast_norm,
     dot,
     dropout_keep,
     head_base,
     key_bounds,
     load_affine,
     load_modulator,
+    load_norm,
     load_rows,
     probabilities,
     query_bounds,
@@ -51,7 +53,8 @@ def dq_kernel(
     o,
     do,
     dq,
-    lse,
+    peaks,
+    totals,
     delta,
     partial,
     ranges,
@@ -70,7 +73,7 @@ def dq_kernel(
     s_o,
     s_do,
     s_dq,
-    s_lse,
+    s_row,
     s_mask,
     s_bias,
     s_head,
@@ -96,13 +99,13 @@ def dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
-    CENTRE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """One program per tile of queries of one head: dq, delta and, unless ``partial`` is None, scalar gradients.
 
-    CENTRE: ``o`` was rounded to a short type, so delta = rowsum(o * do) is off by up to 1e-2 of the scalars' gradients.
-    The rows' sums of the score gradients, zero in exact arithmetic, give the error back: it is taken out of the
-    scalars' sums and out of the delta that the other kernels read.
+    ``o`` was rounded to the storage type, so delta = rowsum(o * do) is off, in bfloat16 by up to 1e-2 of the scalars'
+    gradients. The rows' sums of the score gradients, zero in exact arithmetic, give the error back: it is taken out of
+    the scalars' sums and out of the delta that the other kernels read.
     """
     pid = tl.program_id(0)
     stream = pid // blocks
@@ -133,9 +136,10 @@ def dq_kernel(
     o_tile = load_rows(o_base, m0, n_rows, s_o, BLOCK_M, DV, BLOCK_DV, True)
     do_base = head_base(do, s_do, batch, head, first_row, cu_q)
     do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
-    lse = head_base(lse, s_lse, batch, head, first_row, cu_q)
-    delta = head_base(delta, s_lse, batch, head, first_row, cu_q)
-    row_lse = tl.load(lse + rows, mask=rows < n_rows, other=float("inf"))
+    peaks = head_base(peaks, s_row, batch, head, first_row, cu_q)
+    totals = head_base(totals, s_row, batch, head, first_row, cu_q)
+    delta = head_base(delta, s_row, batch, head, first_row, cu_q)
+    norm = load_norm(peaks, totals, rows, n_rows, EXACT)
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -152,7 +156,7 @@ def dq_kernel(
                 qk = dot(q_tile, tl.trans(k_tile), UPCAST)
                 p, x, y, slope, chain = probabilities(
                     qk,
-                    row_lse[:, None],
+                    broadcast_norm(norm, False),
                     (rows[:, None], cols[None, :], n_rows, n_cols),
                     modulator,
                     affine,
@@ -177,29 +181,28 @@ def dq_kernel(
                 g = p * (dp - row_delta[:, None])
                 if partial is not None:
                     sums = add_vectors(sums, scalar_moments(g, x, y, slope, modulator, AFFINE, ORDER), COUNT)
-                    if CENTRE:
-                        excess += tl.sum(g, 1)
-                        found = scalar_moments(p, x, y, slope, modulator, AFFINE, ORDER)
-                        weights = add_vectors(weights, found, COUNT)
+                    excess += tl.sum(g, 1)
+                    weights = add_vectors(weights, scalar_moments(p, x, y, slope, modulator, AFFINE, ORDER), COUNT)
                 ds = g * slope * chain[1]
                 acc += dot(ds.to(k_tile.dtype), k_tile, UPCAST)
 
     dq_base = head_base(dq, s_dq, batch, head, first_row, cu_q)
     store_rows(dq_base, m0, n_rows, s_dq, acc * scale, BLOCK_M, D, BLOCK_D)
     if partial is not None:
-        if CENTRE:
-            kept = 1.0
-            if sinks is not None:
-                kept = 1.0 - tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - row_lse)
-            exact = excess + row_delta * kept
-            error = row_delta - exact
-            corrected = ()
-            for n in tl.static_range(COUNT):
-                corrected = corrected + (sums[n] + error * weights[n],)
-            sums = corrected
-            row_delta = exact
+        kept = 1.0
+        if sinks is not None:
+            log_share = tl.load(sinks + head).to(tl.float32) * LOG2E - norm[0]
+            if EXACT:
+                log_share -= norm[1]
+            kept = 1.0 - tl.exp2(log_share)
+        exact = excess + row_delta * kept
+        error = row_delta - exact
+        corrected = ()
+        for n in tl.static_range(COUNT):
+            corrected = corrected + (sums[n] + error * weights[n],)
+        row_delta = exact
         place = (tl.cast(stream, tl.int64) * blocks + block) * COUNT
-        _store_scalar_gradients(partial + place, sums, modulator, AFFINE, ORDER)
+        _store_scalar_gradients(partial + place, corrected, modulator, AFFINE, ORDER)
     tl.store(delta + rows, row_delta, mask=rows < n_rows)
 
 
@@ -211,7 +214,8 @@ def dkdv_kernel(
     do,
     dk,
     dv,
-    lse,
+    peaks,
+    totals,
     delta,
     ranges,
     ts,
@@ -228,7 +232,7 @@ def dkdv_kernel(
     s_do,
     s_dk,
     s_dv,
-    s_lse,
+    s_row,
     s_mask,
     s_bias,
     s_head,
@@ -254,6 +258,7 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """One program per tile of keys of one key head, over the queries of every head of its group.
 
@@ -281,8 +286,9 @@ def dkdv_kernel(
         stream = batch * heads + head
         q_base = head_base(q, s_q, batch, head, first_row, cu_q)
         do_base = head_base(do, s_do, batch, head, first_row, cu_q)
-        lse_base = head_base(lse, s_lse, batch, head, first_row, cu_q)
-        delta_base = head_base(delta, s_lse, batch, head, first_row, cu_q)
+        peak_base = head_base(peaks, s_row, batch, head, first_row, cu_q)
+        total_base = head_base(totals, s_row, batch, head, first_row, cu_q)
+        delta_base = head_base(delta, s_row, batch, head, first_row, cu_q)
         modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)
         affine = load_affine(affine_scale, affine_shift, head, s_head)
         head_mask = mask
@@ -297,13 +303,12 @@ def dkdv_kernel(
                     rows = m0 + tl.arange(0, BLOCK_M)
                     q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, phase != 1)
                     do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, phase != 1)
-                    # rows that do not exist get p = 0
-                    row_lse = tl.load(lse_base + rows, mask=rows < n_rows, other=float("inf"))
+                    norm = load_norm(peak_base, total_base, rows, n_rows, EXACT)
                     row_delta = tl.load(delta_base + rows, mask=rows < n_rows, other=0.0)
                     qk = dot(k_tile, tl.trans(q_tile), UPCAST)
                     p, x, y, slope, chain = probabilities(
                         qk,
-                        row_lse[None, :],
+                        broadcast_norm(norm, True),
                         (rows[None, :], cols[:, None], n_rows, n_cols),
                         modulator,
                         affine,
@@ -344,7 +349,8 @@ def bias_kernel(
     v,
     do,
     dbias,
-    lse,
+    peaks,
+    totals,
     delta,
     ranges,
     ts,
@@ -358,7 +364,7 @@ def bias_kernel(
     s_v,
     s_do,
     s_dbias,
-    s_lse,
+    s_row,
     s_mask,
     s_bias,
     s_head,
@@ -390,6 +396,7 @@ def bias_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """One program per tile of the bias gradient, summed over the dimensions along which the bias was broadcast.
 
@@ -429,8 +436,9 @@ def bias_kernel(
             do_base = head_base(do, s_do, batch, head, 0, None)
             k_base = head_base(k, s_k, batch, head // group, 0, None)
             v_base = head_base(v, s_v, batch, head // group, 0, None)
-            lse_base = head_base(lse, s_lse, batch, head, 0, None)
-            delta_base = head_base(delta, s_lse, batch, head, 0, None)
+            peak_base = head_base(peaks, s_row, batch, head, 0, None)
+            total_base = head_base(totals, s_row, batch, head, 0, None)
+            delta_base = head_base(delta, s_row, batch, head, 0, None)
             modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)
             affine = load_affine(affine_scale, affine_shift, head, s_head)
             head_bias = head_base(bias, s_bias, batch, head, 0, None)
@@ -446,12 +454,12 @@ def bias_kernel(
                     rows = m0 + tl.arange(0, BLOCK_M)
                     q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
                     do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
-                    row_lse = tl.load(lse_base + rows, mask=rows < n_rows, other=float("inf"))
+                    norm = load_norm(peak_base, total_base, rows, n_rows, EXACT)
                     row_delta = tl.load(delta_base + rows, mask=rows < n_rows, other=0.0)
                     qk = dot(q_tile, tl.trans(k_tile), UPCAST)
                     p, x, y, slope, chain = probabilities(
                         qk,
-                        row_lse[:, None],
+                        broadcast_norm(norm, False),
                         (rows[:, None], cols[None, :], n_rows, n_cols),
                         modulator,
                         affine,

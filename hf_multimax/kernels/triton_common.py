@@ -30,10 +30,12 @@ def dot(a, b, UPCAST: tl.constexpr):
 @triton.jit
 def span(cu_seqlens, batch, length):
     """First token and number of tokens of sequence ``batch``: packed if ``cu_seqlens`` is given, else all."""
-    if cu_seqlens is None:
-        return 0, length
-    first = tl.load(cu_seqlens + batch)
-    return first.to(tl.int64), (tl.load(cu_seqlens + batch + 1) - first).to(tl.int32)
+    first = 0
+    if cu_seqlens is not None:
+        start = tl.load(cu_seqlens + batch)
+        first = start.to(tl.int64)
+        length = (tl.load(cu_seqlens + batch + 1) - start).to(tl.int32)
+    return first, length
 
 
 @triton.jit
@@ -54,12 +56,14 @@ def load_rows(
     cols = tl.arange(0, PADDED)[None, :]
     pointers = base + tl.cast(start, tl.int64) * strides[2] + rows * strides[2] + cols * strides[3]
     if EDGE and WIDTH != PADDED:
-        return tl.load(pointers, mask=(rows < length - start) & (cols < WIDTH), other=0.0)
-    if EDGE:
-        return tl.load(pointers, mask=rows < length - start, other=0.0)
-    if WIDTH != PADDED:
-        return tl.load(pointers, mask=cols < WIDTH, other=0.0)
-    return tl.load(pointers)
+        tile = tl.load(pointers, mask=(rows < length - start) & (cols < WIDTH), other=0.0)
+    elif EDGE:
+        tile = tl.load(pointers, mask=rows < length - start, other=0.0)
+    elif WIDTH != PADDED:
+        tile = tl.load(pointers, mask=cols < WIDTH, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
 
 
 @triton.jit
@@ -75,10 +79,12 @@ def store_rows(base, start, length, strides, tile, ROWS: tl.constexpr, WIDTH: tl
 def load_elements(pointer, strides, where, BY_ROW: tl.constexpr):
     """Elements of a mask or bias for a tile; one vector of keys, left to broadcast, unless it differs by row."""
     rows, cols, n_rows, n_cols = where
+    pointers = pointer + cols.to(tl.int64) * strides[3]
+    exists = cols < n_cols
     if BY_ROW:
-        pointers = pointer + rows.to(tl.int64) * strides[2] + cols.to(tl.int64) * strides[3]
-        return tl.load(pointers, mask=(rows < n_rows) & (cols < n_cols), other=0)
-    return tl.load(pointer + cols.to(tl.int64) * strides[3], mask=cols < n_cols, other=0)
+        pointers = pointers + rows.to(tl.int64) * strides[2]
+        exists = exists & (rows < n_rows)
+    return tl.load(pointers, mask=exists, other=0)
 
 
 # --- the modulator -----------------------------------------------------------------------------------------------
@@ -112,17 +118,20 @@ def load_modulator(ranges, ts, ORDER: tl.constexpr):
 @triton.jit
 def load_affine(scale, shift, head, s_head):
     """(scale, shift) of a head in the base-2 domain, or (None, None)."""
-    if scale is None:
-        return None, None
-    a = tl.load(scale + head * s_head[1]).to(tl.float32)
-    return a, tl.load(shift + head * s_head[2]).to(tl.float32) * LOG2E
+    affine = (None, None)
+    if scale is not None:
+        a = tl.load(scale + head * s_head[1]).to(tl.float32)
+        c = tl.load(shift + head * s_head[2]).to(tl.float32)
+        affine = (a, c * LOG2E)
+    return affine
 
 
 @triton.jit
 def apply_affine(y, affine):
-    if affine[0] is None:
-        return y
-    return y * affine[0] + affine[1]
+    x = y
+    if affine[0] is not None:
+        x = y * affine[0] + affine[1]
+    return x
 
 
 @triton.jit
@@ -202,7 +211,7 @@ def add_vectors(a, b, COUNT: tl.constexpr):
 @triton.jit
 def tanh(x):
     """tanh within 3e-7 relative: a polynomial near zero, where the quotient would cancel."""
-    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     far = (1.0 - e) / (1.0 + e)
     far = tl.where(x < 0, -far, far)
     s = x * x
@@ -271,9 +280,35 @@ def mask_scores(
 
 
 @triton.jit
+def load_norm(peaks, totals, rows, n_rows, EXACT: tl.constexpr):
+    """What the forward pass divided a row by, in base 2: (log, None), or (peak, log of the sum) if EXACT.
+
+    The pair costs one more subtraction per score and keeps float32's accuracy where scores are large. Rows that do not
+    exist get p = 0.
+    """
+    peak = tl.load(peaks + rows, mask=rows < n_rows, other=0.0)
+    total = tl.load(totals + rows, mask=rows < n_rows, other=float("inf"))
+    if EXACT:
+        norm = (peak, total)
+    else:
+        norm = (peak + total, None)
+    return norm
+
+
+@triton.jit
+def broadcast_norm(norm, TRANSPOSED: tl.constexpr):
+    """The norm of a vector of rows, against a tile [rows, cols] or [cols, rows]."""
+    AXIS: tl.constexpr = 0 if TRANSPOSED else 1
+    out = (tl.expand_dims(norm[0], AXIS), None)
+    if norm[1] is not None:
+        out = (tl.expand_dims(norm[0], AXIS), tl.expand_dims(norm[1], AXIS))
+    return out
+
+
+@triton.jit
 def probabilities(
     qk,
-    lse,
+    norm,
     where,
     modulator,
     affine,
@@ -291,7 +326,7 @@ def probabilities(
     CAUSAL: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Recompute for the backward pass: (p, x, y, slope, chain), ``lse`` broadcast like the rows.
+    """Recompute for the backward pass: (p, x, y, slope, chain), from each row's ``norm`` as :func:`load_norm` gives it.
 
     ``y``: score, 0 where masked by minus infinity so that gradients stay finite; ``x``: the modulator's argument;
     ``slope``: d sigma / dx; ``chain``: what d loss / dx is multiplied by for the score (affine scale) and for the
@@ -303,7 +338,10 @@ def probabilities(
     z = mask_scores(
         modulate(x, modulator, ORDER), score, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, EDGE
     )
-    p = tl.exp2(z - lse)
+    if norm[1] is None:
+        p = tl.exp2(z - norm[0])
+    else:
+        p = tl.exp2((z - norm[0]) - norm[1])
     slope = modulate_slope(x, modulator, ORDER)
     if affine[0] is None:
         chain = (1.0, cap_slope)

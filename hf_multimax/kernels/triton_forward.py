@@ -1,7 +1,7 @@
 """Forward pass of MultiMax attention in Triton: whole query tiles, and split keys for a few queries (decoding).
 
-Both store ``lse``, the base-2 log of each row's sum, which the backward pass needs: plus infinity where a row attends
-to nothing, so that the recomputed probabilities vanish there.
+Both store, for the backward pass, each row's largest modulated score and the base-2 log of its sum relative to that:
+0 and plus infinity where a row attends to nothing, so that the recomputed probabilities vanish there.
 """
 
 import triton
@@ -31,7 +31,8 @@ def forward_kernel(
     k,
     v,
     o,
-    lse,
+    peaks,
+    totals,
     ranges,
     ts,
     affine_scale,
@@ -46,7 +47,7 @@ def forward_kernel(
     s_k,
     s_v,
     s_o,
-    s_lse,
+    s_row,
     s_mask,
     s_bias,
     s_head,
@@ -134,9 +135,10 @@ def forward_kernel(
     acc *= (keep_scale / tl.where(empty, 1.0, total))[:, None]
     o_base = head_base(o, s_o, batch, head, first_row, cu_q)
     store_rows(o_base, m0, n_rows, s_o, acc, BLOCK_M, DV, BLOCK_DV)
-    lse_base = head_base(lse, s_lse, batch, head, first_row, cu_q)
-    row_lse = tl.where(empty, float("inf"), peak + tl.log2(total))
-    tl.store(lse_base + rows, row_lse, mask=rows < n_rows)
+    peaks = head_base(peaks, s_row, batch, head, first_row, cu_q)
+    totals = head_base(totals, s_row, batch, head, first_row, cu_q)
+    tl.store(peaks + rows, tl.where(empty, 0.0, peak), mask=rows < n_rows)
+    tl.store(totals + rows, tl.where(empty, float("inf"), tl.log2(total)), mask=rows < n_rows)
 
 
 @triton.jit
@@ -145,8 +147,8 @@ def decode_kernel(
     k,
     v,
     partial,
-    peaks,
-    totals,
+    split_peaks,
+    split_totals,
     ranges,
     ts,
     affine_scale,
@@ -185,7 +187,7 @@ def decode_kernel(
 ):
     """One program per share of the keys, for all the query rows (heads of the group x queries) of one key head.
 
-    Writes the unnormalised output ``partial`` [B, H, Nq, splits, Dv] and each row's running ``peaks`` and ``totals``
+    Writes the unnormalised output ``partial`` [B, H, Nq, splits, Dv] and each row's running peaks and totals
     [B, H, Nq, splits].
     """
     pid = tl.program_id(0)
@@ -240,17 +242,18 @@ def decode_kernel(
     place = (tl.cast(batch * heads + head, tl.int64) * n_rows + rows) * splits + split
     depth_v = tl.arange(0, BLOCK_DV)
     tl.store(partial + place[:, None] * DV + depth_v[None, :], acc, mask=exists[:, None] & (depth_v[None, :] < DV))
-    tl.store(peaks + place, peak, mask=exists)
-    tl.store(totals + place, total, mask=exists)
+    tl.store(split_peaks + place, peak, mask=exists)
+    tl.store(split_totals + place, total, mask=exists)
 
 
 @triton.jit
 def combine_kernel(
     partial,
+    split_peaks,
+    split_totals,
+    o,
     peaks,
     totals,
-    o,
-    lse,
     sinks,
     s_o,
     heads,
@@ -266,8 +269,8 @@ def combine_kernel(
     batch, head, row = pid // n_rows // heads, pid // n_rows % heads, pid % n_rows
     split = tl.arange(0, BLOCK_S)
     place = pid * splits + split
-    peak = tl.load(peaks + place, mask=split < splits, other=float("-inf"))
-    total = tl.load(totals + place, mask=split < splits, other=0.0)
+    peak = tl.load(split_peaks + place, mask=split < splits, other=float("-inf"))
+    total = tl.load(split_totals + place, mask=split < splits, other=0.0)
     top = tl.max(peak, 0)
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E
@@ -288,4 +291,5 @@ def combine_kernel(
     out = tl.sum(tile * weight[:, None], 0) * (keep_scale / tl.where(empty, 1.0, total))
     base = o + batch * s_o[0] + head * s_o[1] + row * s_o[2]
     tl.store(base + depth * s_o[3], out.to(o.dtype.element_ty), mask=depth < DV)
-    tl.store(lse + pid, tl.where(empty, float("inf"), reference + tl.log2(total)))
+    tl.store(peaks + pid, reference)
+    tl.store(totals + pid, tl.where(empty, float("inf"), tl.log2(total)))

@@ -158,18 +158,18 @@ def tile(kernel: str, width: int, dtype: torch.dtype, roomy: bool = True) -> Til
     return chosen if roomy else Tile(min(chosen.m, 64), min(chosen.n, 64 if width <= 64 else 32), 4, 1)
 
 
-def forward(problem: Problem, o: Tensor, lse: Tensor) -> None:
-    """Fill the output ``[B, H, Nq, Dv]`` and the base-2 log-sum-exp ``[B, H, Nq]``."""
+def forward(problem: Problem, o: Tensor, norms: Tensor) -> None:
+    """Fill the output ``[B, H, Nq, Dv]`` and the rows' norms ``[2, B, H, Nq]`` (peak, log2 of the sum)."""
     if problem.empty:
         return
     with torch.cuda.device_of(problem.q):
         if problem.cu_q is None and problem.max_q <= _DECODE_QUERIES and problem.max_k >= _DECODE_KEYS:
-            _decode(problem, o, lse)
+            _decode(problem, o, norms)
         else:
-            _forward(problem, o, lse)
+            _forward(problem, o, norms)
 
 
-def backward(problem: Problem, do: Tensor, o: Tensor, lse: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+def backward(problem: Problem, do: Tensor, o: Tensor, norms: Tensor, needs: Sequence[bool]) -> list[Tensor]:
     """Gradients of (q, k, v, ranges, ts, affine scale, affine shift, sinks, bias); empty where ``needs`` is False.
 
     Deterministic: partial sums of the scalars are stored by program and reduced in float64.
@@ -180,20 +180,20 @@ def backward(problem: Problem, do: Tensor, o: Tensor, lse: Tensor, needs: Sequen
     make = torch.empty_like if p.cu_q is None else torch.zeros_like
     dq, dk, dv = (make(x, memory_format=torch.contiguous_format) for x in (p.q, p.k, p.v))
     dbias = torch.zeros_like(p.bias, memory_format=torch.contiguous_format) if need_bias else None
-    delta = torch.zeros_like(lse)
+    delta = torch.zeros_like(norms[0])
     scalars = torch.zeros(p.q.shape[1], 2 * p.ranges.shape[-1] + 2, dtype=torch.float64, device=p.q.device)
     if p.empty:
         dk.zero_()
         dv.zero_()
     else:
         with torch.cuda.device_of(p.q):
-            partial = _dq(p, do, o, lse, dq, delta, need_scalars)
+            partial = _dq(p, do, o, norms, dq, delta, need_scalars)
             if partial is not None:
                 scalars[:, : partial.shape[-1]] = partial.sum((0, 2), dtype=torch.float64)
             if need_k or need_v:
-                _dkdv(p, do, lse, delta, dk, dv)
+                _dkdv(p, do, norms, delta, dk, dv)
             if dbias is not None:
-                _dbias(p, do, lse, delta, dbias)
+                _dbias(p, do, norms, delta, dbias)
 
     size = p.ranges.shape[-1]
     columns = (scalars[:, :size], scalars[:, size : 2 * size], scalars[:, 2 * size], scalars[:, 2 * size + 1])
@@ -202,7 +202,7 @@ def backward(problem: Problem, do: Tensor, o: Tensor, lse: Tensor, needs: Sequen
         (c if c.shape == x.shape else c.sum(0)).to(x.dtype) if need else None
         for c, x, need in zip(columns, inputs, needs[3:7])
     ]
-    dsinks = _sink_gradient(p.sinks, lse, delta) if need_sinks else None
+    dsinks = _sink_gradient(p.sinks, norms, delta) if need_sinks else None
     gradients = (dq, dk, dv, *scalar_gradients, dsinks, dbias)
     return [g if need else p.q.new_empty(0) for g, need in zip(gradients, needs)]
 
@@ -210,26 +210,27 @@ def backward(problem: Problem, do: Tensor, o: Tensor, lse: Tensor, needs: Sequen
 # --- launches ----------------------------------------------------------------------------------------------------
 
 
-def _forward(p: Problem, o: Tensor, lse: Tensor) -> None:
+def _forward(p: Problem, o: Tensor, norms: Tensor) -> None:
     arguments = p.kernel_arguments()
     t = _tile(p, "forward" if p.max_q > 64 else "short", arguments)
     blocks = triton.cdiv(p.max_q, t.m)
     forward_kernel[(blocks * p.q.shape[1] * p.sequences,)](
         **arguments,
         o=o,
-        lse=lse,
+        peaks=norms[0],
+        totals=norms[1],
         sinks=p.sinks,
         cu_q=p.cu_q,
         cu_k=p.cu_k,
         s_o=o.stride(),
-        s_lse=lse.stride(),
+        s_row=norms[0].stride(),
         blocks=blocks,
         keep_scale=p.keep_scale,
         **_options(t),
     )
 
 
-def _decode(p: Problem, o: Tensor, lse: Tensor) -> None:
+def _decode(p: Problem, o: Tensor, norms: Tensor) -> None:
     arguments = p.kernel_arguments()
     t = _tile(p, "decode", arguments)
     batch, heads, n_rows, _ = p.q.shape
@@ -240,14 +241,15 @@ def _decode(p: Problem, o: Tensor, lse: Tensor) -> None:
     partial = torch.empty(batch, heads, n_rows, splits, d_v, dtype=torch.float32, device=p.q.device)
     peaks, totals = torch.empty(2, batch, heads, n_rows, splits, dtype=torch.float32, device=p.q.device)
     decode_kernel[(programs * splits,)](
-        **arguments, partial=partial, peaks=peaks, totals=totals, blocks=blocks, splits=splits, **_options(t)
+        **arguments, partial=partial, split_peaks=peaks, split_totals=totals, blocks=blocks, splits=splits, **_options(t)
     )
     combine_kernel[(batch * heads * n_rows,)](
         partial=partial,
-        peaks=peaks,
-        totals=totals,
+        split_peaks=peaks,
+        split_totals=totals,
         o=o,
-        lse=lse,
+        peaks=norms[0],
+        totals=norms[1],
         sinks=p.sinks,
         s_o=o.stride(),
         heads=heads,
@@ -260,7 +262,7 @@ def _decode(p: Problem, o: Tensor, lse: Tensor) -> None:
     )
 
 
-def _dq(p: Problem, do: Tensor, o: Tensor, lse: Tensor, dq: Tensor, delta: Tensor, need_scalars: bool) -> Tensor | None:
+def _dq(p: Problem, do: Tensor, o: Tensor, norms: Tensor, dq: Tensor, delta: Tensor, need_scalars: bool) -> Tensor | None:
     """Fill ``dq`` and ``delta``; the scalars' partial sums ``[sequences, H, blocks, 4N (+ 2)]`` if needed."""
     arguments = p.kernel_arguments()
     t = _tile(p, "dq", arguments)
@@ -275,7 +277,8 @@ def _dq(p: Problem, do: Tensor, o: Tensor, lse: Tensor, dq: Tensor, delta: Tenso
         o=o,
         do=do,
         dq=dq,
-        lse=lse,
+        peaks=norms[0],
+        totals=norms[1],
         delta=delta,
         partial=partial,
         sinks=p.sinks,
@@ -284,16 +287,16 @@ def _dq(p: Problem, do: Tensor, o: Tensor, lse: Tensor, dq: Tensor, delta: Tenso
         s_o=o.stride(),
         s_do=do.stride(),
         s_dq=dq.stride(),
-        s_lse=lse.stride(),
+        s_row=norms[0].stride(),
         blocks=blocks,
         keep_scale=p.keep_scale,
-        CENTRE=o.dtype != torch.float32,
+        EXACT=p.q.dtype == torch.float32,
         **_options(t),
     )
     return partial
 
 
-def _dkdv(p: Problem, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+def _dkdv(p: Problem, do: Tensor, norms: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
     arguments = p.kernel_arguments()
     t = _tile(p, "dkdv", arguments)
     blocks = triton.cdiv(p.max_k, t.n)
@@ -304,21 +307,23 @@ def _dkdv(p: Problem, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Te
         do=do,
         dk=dk,
         dv=dv,
-        lse=lse,
+        peaks=norms[0],
+        totals=norms[1],
         delta=delta,
         cu_q=p.cu_q,
         cu_k=p.cu_k,
         s_do=do.stride(),
         s_dk=dk.stride(),
         s_dv=dv.stride(),
-        s_lse=lse.stride(),
+        s_row=norms[0].stride(),
         blocks=blocks,
         keep_scale=p.keep_scale,
+        EXACT=p.q.dtype == torch.float32,
         **_options(t),
     )
 
 
-def _dbias(p: Problem, do: Tensor, lse: Tensor, delta: Tensor, dbias: Tensor) -> None:
+def _dbias(p: Problem, do: Tensor, norms: Tensor, delta: Tensor, dbias: Tensor) -> None:
     arguments = p.kernel_arguments()
     t = _tile(p, "bias", arguments)
     full = dbias.view((1,) * (4 - dbias.ndim) + dbias.shape)
@@ -328,11 +333,12 @@ def _dbias(p: Problem, do: Tensor, lse: Tensor, delta: Tensor, dbias: Tensor) ->
         **arguments,
         do=do,
         dbias=full,
-        lse=lse,
+        peaks=norms[0],
+        totals=norms[1],
         delta=delta,
         s_do=do.stride(),
         s_dbias=full.stride(),
-        s_lse=lse.stride(),
+        s_row=norms[0].stride(),
         batches=p.q.shape[0],
         row_blocks=row_blocks,
         col_blocks=col_blocks,
@@ -341,14 +347,15 @@ def _dbias(p: Problem, do: Tensor, lse: Tensor, delta: Tensor, dbias: Tensor) ->
         PER_HEAD=heads > 1,
         PER_ROW=n_rows > 1,
         PER_COL=n_cols > 1,
+        EXACT=p.q.dtype == torch.float32,
         **_options(t),
     )
 
 
-def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _sink_gradient(sinks: Tensor, norms: Tensor, delta: Tensor) -> Tensor:
     """A sink takes probability from the keys and adds nothing: its gradient is -p_sink * delta, summed over rows."""
     log2e = 1.4426950408889634
-    share = torch.exp2(sinks.float()[:, None] * log2e - lse)
+    share = torch.exp2((sinks.float()[:, None] * log2e - norms[0]) - norms[1])
     return -(share * delta).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
 
 

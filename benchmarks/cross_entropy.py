@@ -1,0 +1,115 @@
+"""The output layer with its loss: fused (chunks, gradients in the forward pass) against unfused, time and peak memory.
+
+``python -m benchmarks.cross_entropy [--device cuda] [--cases TOKENSxVOCAB ...]``: one training pass (loss and the
+gradients of hidden states, weight and modulator) of linear layer, modulation and cross-entropy. "unfused" is the
+modulator in plain PyTorch in front of ``cross_entropy``; the SoftMax rows leave the modulator out.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from benchmarks.common import paired_timing, peak_extra_bytes, table, write_results
+from hf_multimax.functional import modulate
+from hf_multimax.kernels.cross_entropy import multimax_linear_cross_entropy
+
+WIDTH = 768
+CASES = {
+    "cpu": ("1024x32000", "1024x50257", "1024x128256", "8192x50257"),
+    "cuda": ("8192x32000", "8192x50257", "8192x128256"),
+}
+UNFUSED, UNFUSED_SOFTMAX = "unfused MultiMax", "unfused SoftMax"
+#: [tokens, vocab] float32 matrices that each unfused computation holds at its peak, rounded up: what to leave out
+UNFUSED_MATRICES = {UNFUSED: 13, UNFUSED_SOFTMAX: 4}
+
+
+def candidates(tokens: int, vocab: int, device: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Training passes by name, on one set of inputs."""
+    g = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(tokens, WIDTH, generator=g, device=device).to(dtype).requires_grad_()
+    weight = (WIDTH**-0.5 * torch.randn(vocab, WIDTH, generator=g, device=device)).to(dtype).requires_grad_()
+    ranges = (0.02 * torch.randn(4, generator=g, device=device)).requires_grad_()
+    ts = (0.02 * torch.randn(4, generator=g, device=device)).requires_grad_()
+    labels = torch.randint(vocab, (tokens,), generator=g, device=device)
+
+    def fused() -> object:
+        loss = multimax_linear_cross_entropy(hidden, weight, labels, ranges, ts)
+        return torch.autograd.grad(loss, (hidden, weight, ranges, ts))
+
+    def fused_softmax() -> object:
+        return torch.autograd.grad(multimax_linear_cross_entropy(hidden, weight, labels, None, None), (hidden, weight))
+
+    def unfused() -> object:
+        loss = cross_entropy(modulate((hidden @ weight.T).float(), ranges, ts), labels)
+        return torch.autograd.grad(loss, (hidden, weight, ranges, ts))
+
+    def unfused_softmax() -> object:
+        return torch.autograd.grad(cross_entropy((hidden @ weight.T).float(), labels), (hidden, weight))
+
+    return {
+        "fused MultiMax": fused,
+        "fused SoftMax": fused_softmax,
+        UNFUSED: unfused,
+        UNFUSED_SOFTMAX: unfused_softmax,
+    }
+
+
+def measure(tokens: int, vocab: int, device: str, dtype: torch.dtype) -> list[dict[str, object]]:
+    """One row per candidate; an unfused one that would not fit into memory is left out."""
+    fitting = {
+        name: function
+        for name, function in candidates(tokens, vocab, device, dtype).items()
+        if 4 * tokens * vocab * UNFUSED_MATRICES.get(name, 0) < 0.7 * available_bytes(device)
+    }
+    peaks = {name: peak_extra_bytes(function, device=device) for name, function in fitting.items()}
+    few = device == "cpu"
+    timings = paired_timing(
+        fitting,
+        device=device,
+        budget_s=20.0,
+        min_rounds=2 if few else 10,
+        max_rounds=5 if few else 50,
+        warmup=0 if few else 2,
+    )
+    return [
+        {
+            "tokens": tokens,
+            "vocabulary": vocab,
+            "computation": name,
+            "seconds": timings[name].median,
+            "time / unfused": timings[name].ratio(timings[UNFUSED]) if UNFUSED in fitting else None,
+            "time / unfused SoftMax": timings[name].ratio(timings[UNFUSED_SOFTMAX]),
+            "peak MB": peaks[name] / 2**20,
+            "peak / unfused": peaks[name] / peaks[UNFUSED] if UNFUSED in fitting else None,
+            "peak / unfused SoftMax": peaks[name] / peaks[UNFUSED_SOFTMAX],
+        }
+        for name in fitting
+    ]
+
+
+def available_bytes(device: str) -> int:
+    """Free memory of the device."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cases", nargs="+", metavar="TOKENSxVOCAB", help="sizes (default: the table of the README)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA")
+    arguments = parser.parse_args()
+    dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
+    sizes = [tuple(map(int, case.split("x"))) for case in arguments.cases or CASES[arguments.device]]
+    measure(64, 1000, arguments.device, getattr(torch, dtype))
+    rows = [row for size in sizes for row in measure(*size, arguments.device, getattr(torch, dtype))]
+    print(table(rows))
+    print(write_results("cross_entropy", rows, device=arguments.device, width=WIDTH, dtype=dtype))
+
+
+if __name__ == "__main__":
+    main()
