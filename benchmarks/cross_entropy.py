@@ -106,9 +106,13 @@ def main() -> None:
     dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
     sizes = [tuple(map(int, case.split("x"))) for case in arguments.cases or CASES[arguments.device]]
     measure(64, 1000, arguments.device, getattr(torch, dtype))
-    rows = [row for size in sizes for row in measure(*size, arguments.device, getattr(torch, dtype))]
+    rows: list[dict[str, object]] = []
+    for size in sizes:
+        rows += measure(*size, arguments.device, getattr(torch, dtype))
+        # written after every size: an interrupted run keeps what it has measured
+        path = write_results("cross_entropy", rows, device=arguments.device, width=WIDTH, dtype=dtype)
     print(table(rows))
-    print(write_results("cross_entropy", rows, device=arguments.device, width=WIDTH, dtype=dtype))
+    print(path)
 
 
 if __name__ == "__main__":

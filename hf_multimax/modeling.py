@@ -241,22 +241,20 @@ def attach(model: PreTrainedModel, config: MultiMaxConfig, strict: bool = True) 
 
     layers = attention_layers(model) if config.attention else {}
     _own_configs(model)
-    configs = {id(c): c for m in layers.values() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
-    stock_implementations = [(c, c._attn_implementation) for c in configs.values()]
+    parts = [model.config, *(module.config for module in layers.values() if hasattr(module, "config"))]
+    configs = list({id(part): part for part in parts}.values())
+    model._stock_implementations = [(part, part._attn_implementation) for part in configs]
     for name, module in layers.items():
         module.multimax = normalizers.get(name)
     if output is not None:
         model.multimax_output = output
-    for part in (model.config, *configs.values()):
+    for part in configs:
         part.__dict__.pop("multimax", None)
         part.__class__ = config_class(_stock(type(part)))
-        if config.attention and id(part) in configs:
+        if config.attention:
             part._attn_implementation_internal = IMPLEMENTATION
-    if config.attention:
-        model.config._attn_implementation_internal = IMPLEMENTATION
     model.config.multimax = config.to_dict()
     model.__class__ = model_class(stock_class)
-    model._stock_implementations = stock_implementations
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "multimax", "multimax_output"}
 
 

@@ -1,94 +1,63 @@
-"""The registry of normalizers: everything that ``patch_model(model, normalizer=...)`` and ``normalize(...)`` know."""
+"""The functions of the literature that take SoftMax's place, each registered under its name.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+All act along one dimension and return probabilities: masked entries are removed before anything is computed and get
+exactly 0, a row that keeps nothing is all 0, float64 stays float64 and other types are computed in float32. Gradients
+are exact. ``normalize(name, x, ...)`` calls them; ``patch_model(model, normalizer=name)`` puts them into a model.
+
+In a patched model, ``entmax`` and ``rsoftmax`` learn their option with ``normalizer_kwargs={"learn": True}``, and
+``scalable_softmax`` always does. The parameter has the option's name and is unconstrained; see
+:class:`hf_multimax.registry.FunctionNormalizer`.
+"""
+
+import functools
+import math
 from typing import Any
 
+import entmax
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import relu
 
 from hf_multimax.config import MultiMaxConfig
-from hf_multimax.functional import masked_softmax, multimax
+from hf_multimax.functional import compute_dtype, masked_softmax, multimax
 from hf_multimax.modulator import MultiMax, Normalizer
+from hf_multimax.registry import (
+    REQUIRED,
+    FunctionNormalizer,
+    Learned,
+    NormalizerSpec,
+    Option,
+    build_normalizer,
+    get_normalizer,
+    normalize,
+    register_normalizer,
+    rowwise,
+)
+from hf_multimax.structured import prox_oscar, prox_tv
 
-__all__ = ["NormalizerSpec", "SoftMax", "build_normalizer", "get_normalizer", "normalize", "register_normalizer"]
+__all__ = [
+    "FunctionNormalizer",
+    "Learned",
+    "NormalizerSpec",
+    "Option",
+    "SoftMax",
+    "build_normalizer",
+    "get_normalizer",
+    "normalize",
+    "register_normalizer",
+    "rowwise",
+]
 
+#: What the others keep in ev-softmax's training mode, so that the logarithm stays finite.
+_EV_TRAINING_FACTOR = 1e-6
 
-@dataclass(frozen=True)
-class NormalizerSpec:
-    """One registered normalizer.
-
-    Attributes:
-        name: what users write.
-        function: ``(x, dim=-1, mask=None, training=False, **options) -> probabilities``.
-        module: ``(config, num_heads) -> Normalizer``, the module that a patched attention layer holds; ``num_heads``
-            is None unless ``config.per_head``. It raises ValueError for options that it does not know.
-        citation: where the function is defined.
-        modulates_output: whether its ``modulate`` may stand before a cross-entropy loss on the output logits.
-    """
-
-    name: str
-    function: Callable[..., Tensor]
-    module: Callable[[MultiMaxConfig, int | None], Normalizer]
-    citation: str
-    modulates_output: bool = False
-
-
-_REGISTRY: dict[str, NormalizerSpec] = {}
-
-
-def register_normalizer(
-    name: str,
-    function: Callable[..., Tensor],
-    module: Callable[[MultiMaxConfig, int | None], Normalizer],
-    citation: str,
-    modulates_output: bool = False,
-) -> NormalizerSpec:
-    """Make a normalizer available to ``patch_model`` and ``normalize``; see :class:`NormalizerSpec` for the arguments.
-
-    Raises:
-        ValueError: if ``name`` is taken.
-    """
-    if name in _REGISTRY:
-        raise ValueError(f"a normalizer called {name!r} is registered already")
-    _REGISTRY[name] = NormalizerSpec(name, function, module, citation, modulates_output)
-    return _REGISTRY[name]
+#: Inverse temperature of adaptive temperature as a polynomial in the entropy, highest power first.
+_ADAPTIVE_POLYNOMIAL = (-0.037, 0.481, -2.3, 4.917, -1.791)
 
 
-def get_normalizer(name: str) -> NormalizerSpec:
-    """The registered normalizer of that name; ValueError, with the known names, if there is none."""
-    if name not in _REGISTRY:
-        raise ValueError(
-            f"unknown normalizer {name!r}; registered are {', '.join(sorted(_REGISTRY))}. "
-            "Make your own known with hf_multimax.register_normalizer before patching or loading."
-        )
-    return _REGISTRY[name]
-
-
-def normalize(
-    name: str, x: Tensor, dim: int = -1, mask: Tensor | None = None, training: bool = False, **options: Any
-) -> Tensor:
-    """Turn scores into probabilities along ``dim`` by any registered normalizer.
-
-    Args:
-        name: a registered name.
-        x: scores of floating type; float64 stays, other types are computed in float32.
-        mask: boolean, broadcastable to ``x``, True = keep. Other entries get exactly 0; a row without any is all 0.
-        training: for the normalizers that differ between training and inference.
-        options: what the normalizer takes.
-
-    Returns:
-        Probabilities, shaped and typed like ``x``.
-
-    Raises:
-        ValueError: for an unknown name. TypeError: for an option that the normalizer does not have.
-    """
-    return get_normalizer(name).function(x, dim=dim, mask=mask, training=training, **options)
-
-
-def build_normalizer(config: MultiMaxConfig, num_heads: int | None) -> Normalizer:
-    """The module that ``config`` asks for; ValueError if its normalizer or an option of it is unknown."""
-    return get_normalizer(config.normalizer).module(config, num_heads)
+# -- SoftMax and MultiMax ----------------------------------------------------------------------------------------------
 
 
 class SoftMax(Normalizer):
@@ -107,18 +76,22 @@ class SoftMax(Normalizer):
         return f"temperature={self.temperature}"
 
 
-def _softmax(
-    x: Tensor, dim: int = -1, mask: Tensor | None = None, training: bool = False, temperature: float = 1.0
-) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return masked_softmax(SoftMax(temperature).modulate(x.to(dtype)), dim, mask).to(x.dtype)
+def _softmax(x: Tensor, dim: int = -1, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    scores = x.to(compute_dtype(x.dtype))
+    return masked_softmax(scores if temperature == 1.0 else scores / temperature, dim, mask).to(x.dtype)
+
+
+def _softmax_module(config: MultiMaxConfig, num_heads: int | None) -> SoftMax:
+    try:
+        return SoftMax(**get_normalizer("softmax").complete(config.normalizer_kwargs))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"MultiMaxConfig.normalizer_kwargs: {error}") from error
 
 
 def _multimax(
     x: Tensor,
     dim: int = -1,
     mask: Tensor | None = None,
-    training: bool = False,
     ranges: Tensor | None = None,
     ts: Tensor | None = None,
     affine: tuple[Tensor, Tensor] | None = None,
@@ -130,33 +103,365 @@ def _multimax(
     return multimax(x, ranges, ts, dim, mask, affine)
 
 
-def _softmax_module(config: MultiMaxConfig, num_heads: int | None) -> SoftMax:
-    try:
-        return SoftMax(**config.normalizer_kwargs)
-    except TypeError as error:
-        raise ValueError(f"MultiMaxConfig.normalizer_kwargs of 'softmax': {error}") from error
-
-
 def _multimax_module(config: MultiMaxConfig, num_heads: int | None) -> MultiMax:
     if config.normalizer_kwargs:
         raise ValueError(
             "MultiMaxConfig.normalizer_kwargs must be empty for 'multimax', whose options are the config's own fields, "
             f"got {config.normalizer_kwargs!r}"
         )
-    assert config.order is not None
+    if config.order is None:
+        raise ValueError("MultiMaxConfig.order must be an integer >= 1, got None")
     return MultiMax(config.order, num_heads, config.init, config.init_std, config.affine)
 
+
+# -- the entmax family -------------------------------------------------------------------------------------------------
+
+
+@rowwise
+def _sparsemax(x: Tensor, keep: Tensor) -> Tensor:
+    return entmax.sparsemax(x, dim=-1)
+
+
+@rowwise
+def _entmax15(x: Tensor, keep: Tensor) -> Tensor:
+    return entmax.entmax15(x, dim=-1)
+
+
+@rowwise
+def _entmax(x: Tensor, keep: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
+    alpha = torch.as_tensor(alpha, dtype=x.dtype, device=x.device)
+    return _Entmax.apply(x, alpha.expand(*x.shape[:-1], 1))
+
+
+class _Entmax(Function):
+    """alpha-entmax for any alpha >= 1, with gradients for the scores and for alpha (Correia et al. 2019, section 3.2).
+
+    Written as ``p_i = (1 + d (z_i - s))_+ ** (1/d)`` with ``d = alpha - 1`` and ``z = x - max x``, so that alpha -> 1
+    is SoftMax, ``s = logsumexp(z)``, without the cancellation that the usual threshold and gradient suffer from there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor) -> Tensor:
+        p = _solve_entmax(x - x.amax(-1, keepdim=True), _positive(alpha - 1))
+        ctx.save_for_backward(p, alpha)
+        return p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        p, alpha = ctx.saved_tensors
+        d = _positive(alpha - 1)
+        log_p = torch.where(p > 0, p, 1.0).log()
+        grad_x = grad_alpha = None
+        if ctx.needs_input_grad[0]:
+            weight = torch.where(p > 0, torch.exp((1 - d) * log_p), 0.0)
+            grad_x = weight * (grad - (weight * grad).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True))
+        if ctx.needs_input_grad[1]:
+            grad_alpha = (grad * _entmax_by_alpha(p, log_p, d)).sum(-1, keepdim=True)
+        return grad_x, grad_alpha
+
+
+def _positive(d: Tensor) -> Tensor:
+    """alpha - 1, kept off zero by so little that only the division by zero changes."""
+    return d.clamp(min=1e-12)
+
+
+def _solve_entmax(z: Tensor, d: Tensor, most_steps: int = 100) -> Tensor:
+    """The p of :class:`_Entmax`: Newton's method on ``|| (1 + d (z - s))_+ ||_{1/d}``, convex for alpha <= 2 (2 to 9
+    steps), else bisection."""
+    s, low, high = torch.zeros_like(d), torch.zeros_like(d), -torch.expm1(-d * math.log(z.shape[-1])) / d
+    tolerance = torch.finfo(z.dtype).eps * torch.where(d <= 1, 4.0, 0.25)
+    for _ in range(most_steps):
+        base = (d * (z - s)).clamp(min=-1.0)
+        p = torch.exp(torch.log1p(base) / d)
+        total = p.sum(-1, keepdim=True)
+        slope = torch.where(p > 0, p / (1 + base), 0.0).sum(-1, keepdim=True)
+        step = torch.expm1(d * total.log()) / d * total ** (1 - d) / slope
+        low, high = torch.where(total >= 1, s, low), torch.where(total >= 1, high, s)
+        moved = s + step
+        moved = torch.where((d <= 1) & (moved >= low) & (moved <= high), moved, (low + high) / 2)
+        if ((moved - s).abs() <= tolerance * (1 + s.abs())).all():
+            break
+        s = moved
+    return p / total
+
+
+def _entmax_by_alpha(p: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
+    """dp/dalpha. The terms in 1/d and 1/d^2 of the published form cancel and are taken out here."""
+    u = -d * log_p
+    first = -log_p * _expm1_over(u)  # expm1(u) / d
+    second = log_p.square() * _expm1_minus_u_over(u)  # (expm1(u) - u) / d^2
+    mean_first, mean_second, mean_log = ((p * part).sum(-1, keepdim=True) for part in (first, second, log_p))
+    return p / (1 + d * mean_first) * (mean_second - second - mean_first * log_p + first * mean_log)
+
+
+def _expm1_over(u: Tensor) -> Tensor:
+    small = u.abs() < 1e-4
+    return torch.where(small, 1 + u / 2, torch.expm1(u) / torch.where(small, 1.0, u))
+
+
+def _expm1_minus_u_over(u: Tensor) -> Tensor:
+    """``(expm1(u) - u) / u^2``"""
+    small = u.abs() < 0.3
+    series = torch.zeros_like(u)
+    for k in range(13, 1, -1):
+        series = series * u + 1 / math.factorial(k)
+    return torch.where(small, series, (torch.expm1(u) - u) / torch.where(small, 1.0, u).square())
+
+
+# -- structured sparsity -----------------------------------------------------------------------------------------------
+
+
+@rowwise
+def _fusedmax(x: Tensor, keep: Tensor, lam: float = 1.0) -> Tensor:
+    if bool(keep.all()):
+        return entmax.sparsemax(prox_tv(x, lam), dim=-1)
+    # The kept entries move together: what a mask removes does not stand between neighbours.
+    order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
+    there = keep.gather(-1, order)
+    scores = x.gather(-1, order).masked_fill(~there, 0.0)
+    scores = prox_tv(scores, lam, there.sum(-1, keepdim=True)).masked_fill(~there, -math.inf)
+    return torch.zeros_like(x).scatter(-1, order, entmax.sparsemax(scores, dim=-1))
+
+
+@rowwise
+def _oscarmax(x: Tensor, keep: Tensor, alpha: float = 0.0, beta: float | None = None) -> Tensor:
+    scores = prox_oscar(x.masked_fill(~keep, 0.0), keep, alpha, beta)
+    return entmax.sparsemax(scores.masked_fill(~keep, -math.inf), dim=-1)
+
+
+# -- SoftMax with something left out -----------------------------------------------------------------------------------
+
+
+@rowwise
+def _rsoftmax(x: Tensor, keep: Tensor, sparsity: float | Tensor = 0.5) -> Tensor:
+    z = x - x.amax(-1, keepdim=True)
+    return _weighted_softmax(z, _sparsity_threshold(z.detach(), keep, sparsity))
+
+
+@rowwise
+def _tsoftmax(x: Tensor, keep: Tensor, t: float | Tensor) -> Tensor:
+    return _weighted_softmax(x - x.amax(-1, keepdim=True), t)
+
+
+def _weighted_softmax(z: Tensor, t: float | Tensor) -> Tensor:
+    """``w exp(z) / sum(w exp(z))`` with ``w = max(z + t, 0)``; as SoftMax of ``z + log w``, whose gradient stays exact
+    where a single entry is left and w is tiny."""
+    weight = relu(z + t)
+    inside = weight > 0
+    return torch.where(inside, z + torch.where(inside, weight, 1.0).log(), -math.inf).softmax(-1)
+
+
+def _sparsity_threshold(z: Tensor, keep: Tensor, sparsity: float | Tensor) -> Tensor:
+    """The t that makes a fraction ``sparsity`` of the kept entries zero (r-softmax, section 3), linear in between.
+
+    Entries whose exponential underflows are zero already and stand at 0 in the order, as in the authors' code.
+    """
+    count = keep.sum(-1, keepdim=True)
+    underflow = keep & (z.exp() == 0)
+    already = underflow.sum(-1, keepdim=True) / count
+    q = ((sparsity - already) / (1 - already)).clamp(0.0, 1.0)
+    ordered = z.masked_fill(underflow, 0.0).masked_fill(~keep, math.inf).sort(-1).values
+    position = (q * (count - 1)).to(z.dtype)
+    index = position.detach().floor().long()
+    below, above = ordered.gather(-1, index), ordered.gather(-1, (index + 1).minimum(count - 1))
+    return -(below + (position - index) * (above - below)) + 1e-8
+
+
+@rowwise
+def _adaptive_temperature(x: Tensor, keep: Tensor, apply_in_training: bool = False, training: bool = False) -> Tensor:
+    p = x.softmax(-1)
+    if training and not apply_in_training:
+        return p
+    entropy = -(p * (p + 1e-9).log()).sum(-1, keepdim=True)
+    beta = torch.zeros_like(entropy)
+    for coefficient in _ADAPTIVE_POLYNOMIAL:
+        beta = beta * entropy + coefficient
+    beta = torch.where(entropy > 0.5, beta.clamp(min=1.0), 1.0)
+    return _scaled_softmax(x, keep, beta)
+
+
+@rowwise
+def _evsoftmax(x: Tensor, keep: Tensor, training: bool = False) -> Tensor:
+    z = (x - x.amax(-1, keepdim=True)).detach()
+    mean = z.masked_fill(~keep, 0.0).sum(-1, keepdim=True) / keep.sum(-1, keepdim=True)
+    likely = (z >= mean) | (z == 0)
+    return torch.where(likely, x, x + math.log(_EV_TRAINING_FACTOR) if training else -math.inf).softmax(-1)
+
+
+@rowwise
+def _topk_softmax(x: Tensor, keep: Tensor, k: int) -> Tensor:
+    if k >= x.shape[-1]:
+        return x.softmax(-1)
+    least = x.detach().topk(k, dim=-1).values[..., -1:]
+    above, equal = x > least, x == least
+    room = k - above.sum(-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(-1) <= room))
+    return x.masked_fill(~chosen, -math.inf).softmax(-1)
+
+
+@rowwise
+def _scalable_softmax(x: Tensor, keep: Tensor, s: float | Tensor = 0.43) -> Tensor:
+    return _scaled_softmax(x, keep, s * keep.sum(-1, keepdim=True).to(x.dtype).log())
+
+
+def _scaled_softmax(x: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
+    """SoftMax of ``scale * x``, where the scale of a row may be 0 or carry a gradient."""
+    return (scale * x.masked_fill(~keep, 0.0)).masked_fill(~keep, -math.inf).softmax(-1)
+
+
+# -- the registry ------------------------------------------------------------------------------------------------------
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive_number(default: Any, help: str) -> Option:
+    return Option(default, help, "a number > 0", lambda value: _is_number(value) and value > 0)
+
+
+def _non_negative(default: Any, help: str) -> Option:
+    return Option(default, help, "a number >= 0", lambda value: _is_number(value) and value >= 0)
+
+
+def _flag(help: str) -> Option:
+    return Option(False, help, "true or false", lambda value: isinstance(value, bool))
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def _one_plus_sigmoid(a: Tensor) -> Tensor:
+    return 1 + a.sigmoid()
+
+
+def _logit(name: str, value: float, least: float) -> float:
+    """The parameter a with ``value = least + sigmoid(a)``."""
+    share = value - least
+    if not 0 < share < 1:
+        raise ValueError(f"{name} must be strictly between {least:g} and {least + 1:g} to be learned, got {value}")
+    return math.log(share / (1 - share))
+
+
+_TENSOR = Option(None, "of the modulator; see hf_multimax.multimax")
 
 register_normalizer(
     "multimax",
     _multimax,
     _multimax_module,
-    "Zhou, Fritz, Keuper. MultiMax: Sparse and Multi-Modal Attention Learning. ICML 2024.",
+    "Zhou, Fritz, Keuper. MultiMax: Sparse and Multi-Modal Attention Learning. ICML 2024. arXiv:2406.01189.",
     modulates_output=True,
+    options={"ranges": _TENSOR, "ts": _TENSOR, "affine": _TENSOR},
 )
 register_normalizer(
     "softmax",
     _softmax,
     _softmax_module,
     "Bridle. Training Stochastic Model Recognition Algorithms as Networks. NeurIPS 1989.",
+    options={"temperature": _positive_number(1.0, "scores are divided by it")},
+)
+register_normalizer(
+    "sparsemax",
+    _sparsemax,
+    citation="Martins, Astudillo. From Softmax to Sparsemax. ICML 2016. arXiv:1602.02068.",
+)
+register_normalizer(
+    "entmax15",
+    _entmax15,
+    citation="Peters, Niculae, Martins. Sparse Sequence-to-Sequence Models. ACL 2019. arXiv:1905.05702.",
+)
+register_normalizer(
+    "entmax",
+    _entmax,
+    citation="Peters, Niculae, Martins, ACL 2019; learned alpha: Correia, Niculae, Martins. Adaptively Sparse "
+    "Transformers. EMNLP 2019. arXiv:1909.00015.",
+    options={
+        "alpha": Option(
+            1.5, "1 is SoftMax, 2 is sparsemax", "a number >= 1", lambda value: _is_number(value) and value >= 1
+        ),
+        "learn": _flag("learn alpha = 1 + sigmoid(a), starting where alpha says"),
+    },
+    learned={"alpha": Learned(_one_plus_sigmoid, functools.partial(_logit, "alpha", least=1.0))},
+)
+register_normalizer(
+    "fusedmax",
+    _fusedmax,
+    citation="Niculae, Blondel. A Regularized Framework for Sparse and Structured Neural Attention. NeurIPS 2017. "
+    "arXiv:1705.07704.",
+    options={"lam": _non_negative(1.0, "strength of the fusing of neighbours; 0 is sparsemax")},
+)
+register_normalizer(
+    "oscarmax",
+    _oscarmax,
+    citation="Niculae, Blondel. A Regularized Framework for Sparse and Structured Neural Attention. NeurIPS 2017. "
+    "arXiv:1705.07704.",
+    options={
+        "alpha": _non_negative(0.0, "strength of the pull to zero"),
+        "beta": Option(
+            None,
+            "strength of the grouping of entries of any place; null is 1 / (unmasked entries - 1)",
+            "a number >= 0, or null",
+            lambda value: value is None or (_is_number(value) and value >= 0),
+        ),
+    },
+)
+register_normalizer(
+    "rsoftmax",
+    _rsoftmax,
+    citation="Bałazy, Struski, Śmieja, Tabor. r-softmax: Generalized Softmax with Controllable Sparsity Rate. "
+    "ICCS 2023. arXiv:2304.05243.",
+    options={
+        "sparsity": Option(
+            0.5,
+            "fraction of the entries that become zero",
+            "a number in [0, 1]",
+            lambda value: _is_number(value) and 0 <= value <= 1,
+        ),
+        "learn": _flag("learn sparsity = sigmoid(a), starting where sparsity says"),
+    },
+    learned={"sparsity": Learned(torch.sigmoid, functools.partial(_logit, "sparsity", least=0.0))},
+)
+register_normalizer(
+    "tsoftmax",
+    _tsoftmax,
+    citation="Bałazy, Struski, Śmieja, Tabor. r-softmax: Generalized Softmax with Controllable Sparsity Rate. "
+    "ICCS 2023. arXiv:2304.05243.",
+    options={"t": _positive_number(REQUIRED, "scores more than t below the largest become zero")},
+)
+register_normalizer(
+    "adaptive_temperature",
+    _adaptive_temperature,
+    citation="Veličković, Perivolaropoulos, Barbero, Pascanu. softmax is not enough (for sharp size generalisation). "
+    "2024. arXiv:2410.01104.",
+    options={"apply_in_training": _flag("sharpen in training mode too, which is plain SoftMax otherwise")},
+)
+register_normalizer(
+    "evsoftmax",
+    _evsoftmax,
+    citation="Chen, Itkina, Senanayake, Kochenderfer. Evidential Softmax for Sparse Multimodal Distributions in Deep "
+    "Generative Models. NeurIPS 2021. arXiv:2110.14182.",
+)
+register_normalizer(
+    "topk_softmax",
+    _topk_softmax,
+    citation="Gupta, Dar, Goodman, Ciprut, Berant. Memory-efficient Transformers via Top-k Attention. 2021. "
+    "arXiv:2106.06899.",
+    options={
+        "k": Option(
+            REQUIRED,
+            "how many of the largest scores are kept",
+            "an integer >= 1",
+            lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+        )
+    },
+)
+register_normalizer(
+    "scalable_softmax",
+    _scalable_softmax,
+    citation="Nakanishi. Scalable-Softmax Is Superior for Attention. 2025. arXiv:2501.19399.",
+    options={"s": _positive_number(0.43, "scores are multiplied by s log(unmasked entries); where s starts")},
+    learned={"s": Learned(_same, float, always=True)},
+    per_head=True,
 )

@@ -75,8 +75,9 @@ class _ProxOscar(Function):
         count = keep.sum(-1, keepdim=True)
         magnitude, order = x.abs().double().masked_fill(~keep, -1.0).sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(x.shape[-1], device=x.device)
-        slope = 1.0 / (count - 1).clamp(min=1) if beta is None else beta
-        pooled, first = _pool(magnitude - alpha - slope * (count - 1 - rank), count)
+        smaller = (count - 1 - rank).double()
+        slope = 1.0 / (count - 1).clamp(min=1).double() if beta is None else beta
+        pooled, first = _pool(magnitude - alpha - slope * smaller, count)
         signs = x.sign().gather(-1, order) * (pooled > 0) * (rank < count)
         ctx.save_for_backward(signs, order, first)
         return torch.zeros_like(x).scatter(-1, order, (pooled * signs).to(x.dtype))

@@ -1,7 +1,7 @@
 """Real data for the recipes: what is on every machine, Debian's data packages, local files, and the Hub.
 
-Debian packages are downloaded and unpacked, not installed, into the folder of :func:`cache_dir`. Whatever cannot be read
-raises :class:`DataError`, whose text is one sentence that names the culprit.
+Debian packages are downloaded and unpacked, not installed, into the folder of :func:`cache_dir`. Whatever cannot be
+read raises :class:`DataError`, whose text is one sentence that names the culprit.
 """
 
 import gzip
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -375,7 +375,7 @@ def train_tokenizer(text: str, vocab_size: int, max_length: int) -> PreTrainedTo
         text.splitlines(keepends=True), vocab_size, special_tokens=[END_OF_TEXT], show_progress=False
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,

@@ -113,7 +113,8 @@ def make(name: str, seed: int = 0, **config) -> PreTrainedModel:
     model = cls._from_config(settings, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():  # so that scores have a standard deviation near 1, and no bias is zero
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            if parameter.requires_grad:  # Marian's positions are computed, and never saved
+                parameter.add_(0.1 * torch.randn_like(parameter))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

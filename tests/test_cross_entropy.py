@@ -22,6 +22,7 @@ from hf_multimax.kernels.cross_entropy import (
 from tests.tolerances import RELATIVE, assert_no_worse, relative_error
 
 NAMES = ("hidden", "weight", "ranges", "ts", "bias", "scale", "shift")
+SCALARS = ("ranges", "ts", "scale", "shift")
 TOKENS, VOCAB, WIDTH = 37, 53, 16
 
 
@@ -107,7 +108,9 @@ def check(dtype, names=NAMES, given=None, chunk_size=None, tolerance=None, **opt
     for name in names:
         assert found[name].dtype == p[name].dtype, name
         assert found[name].shape == p[name].shape, name
-        assert relative_error(found[name], expected[name]) <= tolerance, name
+        # scalars are sums over all logits, of terms that cancel
+        allowed = 10 * tolerance if name in SCALARS else tolerance
+        assert relative_error(found[name], expected[name]) <= allowed, name
 
 
 class LargestTensor(TorchDispatchMode):
@@ -491,12 +494,39 @@ KERNEL_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_triton_kernel_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_kernel", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+@pytest.mark.parametrize("full", [True, False])
+def test_triton_kernel_compiles_for_sm90(full):
+    """The compiler refuses things that the interpreter accepts; no GPU is needed."""
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hf_multimax.kernels import triton_cross_entropy as kernels
+
+    pointers = ("x_ptr", "losses", "sums", "ranges", "ts", "bias", "scale", "shift", "weights")
+    signature = dict.fromkeys(pointers, "*fp32") | {"labels": "*i64", "vocab": "i32", "ignore_index": "i32"}
+    signature |= {"smoothing": "fp32", "cap": "fp32"}
+    constants = {"ORDER": 2 * full, "SUMS": 10 if full else 2, "SUMS_PADDED": 16 if full else 2, "CAPPED": full}
+    constants |= {"GRADIENT": True, "BLOCK": kernels.BLOCK}
+    constants |= {} if full else dict.fromkeys(("ranges", "ts", "bias", "scale", "shift", "weights"))
+    order = kernels._row_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else signature[name] for name in order}
+    source = ASTSource(fn=kernels._row_kernel, signature=signature, constexprs=constants)
+    compiled = triton_compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.WARPS})
+    assert compiled.asm["cubin"]
 
 
 @pytest.fixture

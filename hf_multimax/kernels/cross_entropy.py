@@ -46,7 +46,7 @@ def multimax_linear_cross_entropy(
     softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of modulated logits (paper, section 4.3) without ever holding the logits of all tokens.
+    """Cross-entropy of modulated logits without ever holding the logits of all tokens.
 
     Equal to ``cross_entropy(modulate(hidden @ weight.T + bias, ranges, ts), labels)`` with the same meaning of
     ``ignore_index``, ``label_smoothing`` and ``reduction``; computed in float32 (float64 for float64 input) except for
@@ -292,7 +292,7 @@ class _Gradients:
         if self.wanted[name]:
             self._sums[name] += value.reshape(self._sums[name].shape)
 
-    def add_chunk(self, rows: Tensor | slice, hidden: Tensor, weight: Tensor, grad: Tensor) -> None:
+    def add_chunk(self, rows: Tensor, hidden: Tensor, weight: Tensor, grad: Tensor) -> None:
         """Take ``grad``, that of a chunk's products hidden @ weight.T [rows, vocab], to hidden, weight and bias."""
         factor = grad.to(hidden.dtype)
         if self.wanted["hidden"]:

@@ -33,7 +33,17 @@ typedef uint32_t vu __attribute__((vector_size(4 * W)));
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kMasked = -1.7014118e38f;  // half of the lowest float: scores at or below it are masked entries
 constexpr int kMaxOrder = 16;
-constexpr int64_t kKeysForward = 512, kKeysBackward = 256, kRowsBackward = 128;
+
+// Matrix products read their right factor from panels of kPanel columns, k rows each, zero-padded, so that a panel is
+// contiguous in the first cache whatever the layout of the tensor it came from.
+constexpr int kPanel = 2 * W;
+#if defined(__AVX__) && !defined(__AVX512F__)
+constexpr int kStrip = 6;  // rows of a register tile: 12 accumulators of 16 registers
+#else
+constexpr int kStrip = 12;  // 24 accumulators of 32 registers
+#endif
+
+constexpr int64_t kKeysForward = 512, kRowsForward = 2 * kStrip, kKeysBackward = 256, kRowsBackward = 10 * kStrip;
 
 enum Type : int32_t { kFloat = 0, kBFloat16 = 1, kHalf = 2, kBool = 3 };
 
@@ -52,7 +62,8 @@ struct Arguments {
   View q, k, v, out, grad_out, bias, mask, grad_k, grad_v;
   float* out32;       // [splits, batch, heads, rows, value_dim] (forward, may be null), [batch, heads, ...] (backward)
   float* top;         // [splits, batch, heads, rows] (no splits in the backward): each row's largest modulated score
-  float* total;       // shaped like top: sum of exp(score - top), 0 for a row that sees nothing; both null if not wanted
+  float* total;       // shaped like top: sum of exp(score - top), 0 for a row that sees nothing
+  float* peak;        // shaped like top: that score before sigma; all three are null if not wanted
   float* delta;       // [batch, heads, rows]: rowsum(out * grad_out), written by the backward
   float* grad_q;      // [splits, batch, heads, rows, dim], zeros on entry
   float* grad_bias;   // contiguous, zeros on entry; null where not wanted
@@ -101,12 +112,6 @@ inline float sum(vf v) {
   float s = 0;
   for (int i = 0; i < W; ++i) s += v[i];
   return s;
-}
-
-inline float highest(vf v) {
-  float m = v[0];
-  for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
-  return m;
 }
 
 // x = n log(2) + r with |r| <= log(2) / 2: power = 2^n, result = e^r - 1. NaN stays NaN.
@@ -270,15 +275,6 @@ class Pieces {
 };
 
 // ---------------------------------------------------------------------------------------------------- products
-
-// Matrix products read their right factor from panels of kPanel columns, k rows each, zero-padded, so that a panel is
-// contiguous in the first cache whatever the layout of the tensor it came from.
-constexpr int kPanel = 2 * W;
-#if defined(__AVX__) && !defined(__AVX512F__)
-constexpr int kStrip = 6;  // rows of a register tile: 12 accumulators of 16 registers
-#else
-constexpr int kStrip = 12;  // 24 accumulators of 32 registers
-#endif
 
 int64_t padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
 
@@ -590,29 +586,34 @@ void prepare_row(const Arguments& g, const Modulator& m, const RowBuffers& r, in
   for (int64_t j = n; j < n + W; ++j) s[j] = -kInfinity;
 }
 
-// Scores -> modulated and masked scores in place; returns the largest
+// The largest modulated score of a row, and that score before sigma
+struct Peak {
+  float top, score;
+};
+
+// Scores -> modulated and masked scores in place
 template <int ORDER>
-float modulate_row(const Modulator& m, const float* mask, int64_t n, float* s) {
+Peak modulate_row(const Modulator& m, const float* mask, int64_t n, float* s) {
   const Modulator local = m;
-  vf top = splat(-kInfinity);
-  if (!mask) {
-    for (int64_t j = 0; j < n; j += W) {
-      vf x = load(s + j);
-      vf y = x <= kMasked ? splat(-kInfinity) : modulated<ORDER>(local, x);
-      top = max(y, top);
-      store(s + j, y);
+  vf top = splat(-kInfinity), score{};
+  for (int64_t j = 0; j < n; j += W) {
+    const vf x = load(s + j);
+    vf y = modulated<ORDER>(local, x);
+    if (mask) {
+      const vf a = load(mask + j);
+      y = a == -kInfinity ? a : y + a;
     }
-  } else {
-    for (int64_t j = 0; j < n; j += W) {
-      vf x = load(s + j), a = load(mask + j);
-      vf y = modulated<ORDER>(local, x) + a;
-      y = a == -kInfinity ? a : y;
-      y = x <= kMasked ? splat(-kInfinity) : y;
-      top = max(y, top);
-      store(s + j, y);
-    }
+    y = x <= kMasked ? splat(-kInfinity) : y;
+    const vi better = y > top;
+    top = better ? y : top;
+    score = better ? x : score;
+    store(s + j, y);
   }
-  return highest(top);
+  Peak peak{top[0], score[0]};
+  for (int i = 1; i < W; ++i) {
+    if (top[i] > peak.top) peak = {top[i], score[i]};
+  }
+  return peak;
 }
 
 // s -> exp(s - top) in place; returns the sum
@@ -644,27 +645,69 @@ RowBuffers row_buffers(Pieces& piece, int64_t width) {
 
 // ---------------------------------------------------------------------------------------------------- forward
 
+// The running softmax of some rows: maxima, sums and unnormalised outputs
+struct Running {
+  float *top, *total, *peak, *acc;
+};
+
+// One row's products with a block of keys -> weights exp(score - top) in place, zeros outside of what the row may see
+template <int ORDER>
+void forward_row(const Arguments& g, const Modulator& m, const RowBuffers& buffers, int64_t b, int64_t h, int64_t row,
+                 int64_t key, int64_t keys, float* line, float& top, float& total, float& peak, float* acc) {
+  const Range in = clip(visible(g, row, 1), key, key + keys);
+  const int64_t n = in.high - in.low, first = key + in.low;
+  float* s = line + in.low;
+  if (n > 0) {
+    prepare_row(g, m, buffers, b, h, row, first, n, s);
+    if (g.mask.data) mask_row(g, b, h, row, first, n, buffers.mask);
+    auto [best, score] = modulate_row<ORDER>(m, g.mask.data ? buffers.mask : nullptr, n, s);
+    // A maximum skips NaN. Without anything else in the row, NaN must not pass for an empty row.
+    if (!(best > -kInfinity) && has_nan(s, n)) best = std::numeric_limits<float>::quiet_NaN();
+    const float next = best <= top ? top : best;
+    if (next == -kInfinity) {
+      std::fill(s, s + n, 0.0f);
+    } else {
+      if (next != top) {
+        const float shrink = top == -kInfinity ? 0.0f : std::exp(top - next);
+        total *= shrink;
+        for (int64_t d = 0; d < g.value_dim; ++d) acc[d] *= shrink;
+        top = next, peak = score;
+      }
+      total += exponentials(next, n, s);
+      if (g.dropout > 0) {
+        dropout_row(g, b * g.heads + h, row, first, n, buffers.dropout);
+        for (int64_t j = 0; j < n; ++j) s[j] *= buffers.dropout[j];
+      }
+    }
+  }
+  fill_outside(line, in, keys);
+}
+
+// Rows [row, row + row_block) of one head against the keys of one split
 template <int ORDER>
 void forward_block(const Arguments& g, int64_t b, int64_t h, int64_t row, int64_t split) {
   const int64_t rows = std::min(g.row_block, g.rows - row), dim = g.dim, value_dim = g.value_dim;
   const int64_t width = kKeysForward + kPanel, kv = h * g.kv_heads / g.heads;
   Pieces piece;
-  float *scores, *acc, *top, *total, *q_scratch, *plain, *panels;
+  float *scores, *q_scratch, *plain, *k_panels, *v_panels;
+  Running run;
   RowBuffers buffers;
   for (int pass = 0; pass < 2; ++pass) {
-    scores = piece(rows * width), acc = piece(rows * value_dim), top = piece(rows), total = piece(rows);
-    q_scratch = piece(rows * dim), plain = piece(kKeysForward * std::max(dim, value_dim));
-    panels = piece((kKeysForward + kPanel) * std::max(padded(dim), padded(value_dim)));
+    scores = piece(kRowsForward * width), q_scratch = piece(rows * dim);
+    run = {piece(rows), piece(rows), piece(rows), piece(rows * value_dim)};
+    plain = piece(kKeysForward * std::max(dim, value_dim));
+    k_panels = piece((kKeysForward + kPanel) * dim), v_panels = piece(kKeysForward * padded(value_dim));
     buffers = row_buffers(piece, width);
     if (!pass) piece.allocate();
   }
   const Modulator m(g, h);
   const Matrix q = rows_of(g.q, b, h, row, rows, dim, q_scratch);
-  std::fill(acc, acc + rows * value_dim, 0.0f);
+  std::fill(run.acc, run.acc + rows * value_dim, 0.0f);
+  std::fill(run.peak, run.peak + rows, 0.0f);
   for (int64_t i = 0; i < rows; ++i) {
     const bool sink = g.sinks && split == 0;
-    top[i] = sink ? g.sinks[h] : -kInfinity;
-    total[i] = sink && top[i] > -kInfinity ? 1.0f : 0.0f;
+    run.top[i] = sink ? g.sinks[h] : -kInfinity;
+    run.total[i] = sink && run.top[i] > -kInfinity ? 1.0f : 0.0f;
   }
 
   const Range own{split * g.keys / g.splits, (split + 1) * g.keys / g.splits};
@@ -672,58 +715,37 @@ void forward_block(const Arguments& g, int64_t b, int64_t h, int64_t row, int64_
   all = {std::max(all.low, own.low), std::min(all.high, own.high)};
   for (int64_t key = all.low; key < all.high; key += kKeysForward) {
     const int64_t keys = std::min(kKeysForward, all.high - key);
-    const Matrix k = rows_of(g.k, b, kv, key, keys, dim, plain);
     if (rows == 1) {
-      dot_rows(q.data, k, keys, dim, float(g.scale), scores);
-    } else {
-      pack_transposed(k, keys, dim, panels);
-      multiply<false>(rows, keys, dim, float(g.scale), q, panels, false, scores, width);
+      dot_rows(q.data, rows_of(g.k, b, kv, key, keys, dim, plain), keys, dim, float(g.scale), scores);
+      forward_row<ORDER>(g, m, buffers, b, h, row, key, keys, scores, run.top[0], run.total[0], run.peak[0],
+                         run.acc);
+      add_rows(scores, rows_of(g.v, b, kv, key, keys, value_dim, plain), keys, value_dim, run.acc);
+      continue;
     }
-    for (int64_t i = 0; i < rows; ++i) {
-      float* line = scores + i * width;
-      const Range in = clip(visible(g, row + i, 1), key, key + keys);
-      float* s = line + in.low;
-      const int64_t n = in.high - in.low, first = key + in.low;
-      if (n > 0) {
-        prepare_row(g, m, buffers, b, h, row + i, first, n, s);
-        if (g.mask.data) mask_row(g, b, h, row + i, first, n, buffers.mask);
-        float best = modulate_row<ORDER>(m, g.mask.data ? buffers.mask : nullptr, n, s);
-        // A maximum skips NaN. Without anything else in the row, NaN must not pass for an empty row.
-        if (!(best > -kInfinity) && has_nan(s, n)) best = std::numeric_limits<float>::quiet_NaN();
-        const float next = best <= top[i] ? top[i] : best;
-        if (next == -kInfinity) {
-          std::fill(s, s + n, 0.0f);
-        } else {
-          if (next != top[i]) {
-            const float shrink = top[i] == -kInfinity ? 0.0f : std::exp(top[i] - next);
-            total[i] *= shrink;
-            for (int64_t d = 0; d < value_dim; ++d) acc[i * value_dim + d] *= shrink;
-            top[i] = next;
-          }
-          total[i] += exponentials(next, n, s);
-          if (g.dropout > 0) {
-            dropout_row(g, b * g.heads + h, row + i, first, n, buffers.dropout);
-            for (int64_t j = 0; j < n; ++j) s[j] *= buffers.dropout[j];
-          }
-        }
+    pack_transposed(rows_of(g.k, b, kv, key, keys, dim, plain), keys, dim, k_panels);
+    pack(rows_of(g.v, b, kv, key, keys, value_dim, plain), keys, value_dim, v_panels);
+    // few rows at a time: their scores stay in the first cache from one product to the other
+    for (int64_t i = 0; i < rows; i += kRowsForward) {
+      const int64_t count = std::min(kRowsForward, rows - i);
+      const Range in = clip(visible(g, row + i, count), key, key + keys);
+      if (in.high <= in.low) continue;
+      float* acc = run.acc + i * value_dim;
+      multiply<false>(count, in.high, dim, float(g.scale), {q.data + i * q.stride, q.stride}, k_panels, false, scores,
+                      width);
+      for (int64_t r = 0; r < count; ++r) {
+        forward_row<ORDER>(g, m, buffers, b, h, row + i + r, key, in.high, scores + r * width, run.top[i + r],
+                           run.total[i + r], run.peak[i + r], acc + r * value_dim);
       }
-      fill_outside(line, in, keys);
-    }
-    const Matrix v = rows_of(g.v, b, kv, key, keys, value_dim, plain);
-    if (rows == 1) {
-      add_rows(scores, v, keys, value_dim, acc);
-    } else {
-      pack(v, keys, value_dim, panels);
-      multiply<false>(rows, value_dim, keys, 1.0f, {scores, width}, panels, true, acc, value_dim);
+      multiply<false>(count, value_dim, in.high, 1.0f, {scores, width}, v_panels, true, acc, value_dim, keys);
     }
   }
 
   const int64_t line = ((split * g.batch + b) * g.heads + h) * g.rows + row;
   for (int64_t i = 0; i < rows; ++i) {
-    const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
-    float* a = acc + i * value_dim;
+    const float inverse = run.total[i] == 0.0f ? 0.0f : 1.0f / run.total[i];
+    float* a = run.acc + i * value_dim;
     for (int64_t d = 0; d < value_dim; ++d) a[d] *= inverse;
-    if (g.top) g.top[line + i] = top[i], g.total[line + i] = total[i];
+    if (g.top) g.top[line + i] = run.top[i], g.total[line + i] = run.total[i], g.peak[line + i] = run.peak[i];
     if (g.out32) std::memcpy(g.out32 + (line + i) * value_dim, a, value_dim * sizeof(float));
     if (g.splits == 1) write(a, value_dim, g.out.type, const_cast<char*>(at(g.out, b, h, row + i, 0)));
   }
@@ -749,13 +771,28 @@ struct BackwardBuffers {
   RowBuffers row;
 };
 
-// One row: products s and dp = grad_out v^T -> probabilities in s (with dropout) and gradients of the products in dp
+// Gradients g of a row's scores sum to zero, but only up to the rounding of delta. In a row with one weight near 1 that
+// rest would swamp them once multiplied by the large terms of the scalars' sums, so it is taken out: the terms' values
+// at the row's peak, times the sum of g, are subtracted. In exact arithmetic that subtracts nothing. (Not so with a
+// sink, which takes part of the sum; there, rows are not that peaked.)
+template <int ORDER>
+void centre(const Modulator& m, vf rest, float peak, ScalarSums<ORDER>& sums, vf* affine_sums) {
+  const vf slope_there = slope<ORDER, true>(m, splat(peak), -rest, sums);
+  if (m.affine && m.scale != 0.0f) {
+    affine_sums[0] -= rest * slope_there * ((peak - m.shift) / m.scale);
+    affine_sums[1] -= rest * slope_there;
+  }
+}
+
+// One row: products s and dp = grad_out v^T -> weights in s (with dropout) and gradients of the scores in dp; returns
+// the sum of the gradients of the modulated scores
 template <int ORDER, bool SCALARS>
-void backward_row(const Modulator& m, const float* mask, const float* dropout, float top, float total, float delta,
-                  int64_t n, float* s, float* dp, ScalarSums<ORDER>& sums) {
+vf backward_row(const Modulator& m, const float* mask, const float* dropout, float top, float total, float delta,
+                int64_t n, float* s, float* dp, ScalarSums<ORDER>& sums) {
   const Modulator local = m;
   // top and total apart: rounding their log-sum-exp would put the same error on a whole row
   const float inverse = 1.0f / total;
+  vf rest{};
   for (int64_t j = 0; j < n; j += W) {
     const vf x = load(s + j);
     vi masked = x <= kMasked;
@@ -771,7 +808,9 @@ void backward_row(const Modulator& m, const float* mask, const float* dropout, f
     vf safe = masked ? vf{} : x;  // 0 times infinity is NaN
     store(s + j, p * drop);
     store(dp + j, g * slope<ORDER, SCALARS>(local, safe, g, sums));
+    rest += g;
   }
+  return rest;
 }
 
 // The derivatives of what prepare_row did, last step first
@@ -841,8 +880,10 @@ void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffer
       std::fill(ds + n, ds + n + W, 0.0f);
       if (g.mask.data) mask_row(g, b, h, row + i, first, n, t.row.mask);
       if (g.dropout > 0) dropout_row(g, b * g.heads + h, row + i, first, n, t.row.dropout);
-      backward_row<ORDER, SCALARS>(m, g.mask.data ? t.row.mask : nullptr, g.dropout > 0 ? t.row.dropout : nullptr,
-                                   g.top[line + i], g.total[line + i], g.delta[line + i], n, s, ds, sums);
+      const vf rest = backward_row<ORDER, SCALARS>(m, g.mask.data ? t.row.mask : nullptr,
+                                                   g.dropout > 0 ? t.row.dropout : nullptr, g.top[line + i],
+                                                   g.total[line + i], g.delta[line + i], n, s, ds, sums);
+      if (SCALARS && !g.sinks) centre<ORDER>(m, rest, g.peak[line + i], sums, affine_sums);
       unprepare_row(g, m, t.row, b, h, row + i, first, n, ds, affine_sums);
     }
     fill_outside(t.p + i * width, in, keys);

@@ -246,7 +246,7 @@ def _open(path: Path) -> ctypes.CDLL:
 VIEWS = ("q", "k", "v", "out", "grad_out", "bias", "mask", "grad_k", "grad_v")
 VIEW_WORDS = 6  # data, four strides, type
 POINTERS = (
-    "out32", "top", "total", "delta", "grad_q", "grad_bias", "grad_scalars", "ranges", "ts", "affine", "sinks",
+    "out32", "top", "total", "peak", "delta", "grad_q", "grad_bias", "grad_scalars", "ranges", "ts", "affine", "sinks",
 )  # fmt: skip
 STRIDES = "grad_bias_stride"
 INTEGERS = (
@@ -362,13 +362,14 @@ def _forward_split(batch: int, heads: int, rows: int, keys: int, threads: int) -
     return row_block + -row_block % 8 if row_block > 8 else max(row_block, 1), splits
 
 
-def _merge_splits(partial: Tensor, tops: Tensor, totals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Join the outputs ``[splits, ..., Dv]`` of disjoint keys by each one's row maxima and sums ``[splits, ...]``."""
-    top = tops.amax(0)
+def _merge_splits(partial: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """Join the outputs ``[splits, ..., Dv]`` of disjoint keys by their statistics ``[3, splits, ...]``."""
+    tops, totals, peaks = stats
+    top, best = tops.max(0, keepdim=True)
     weights = totals * (tops - top).exp().masked_fill_(totals == 0, 0.0)
     total = weights.sum(0)
     shares = (weights / total).masked_fill_(total == 0, 0.0)
-    return (partial * shares.unsqueeze(-1)).sum(0), top, total
+    return (partial * shares.unsqueeze(-1)).sum(0), torch.stack((top[0], total, peaks.gather(0, best)[0]))
 
 
 def _inference(
@@ -430,25 +431,25 @@ def _run_forward(call: Call, out: Tensor, out32: Tensor | None, stats: Tensor | 
     call.views(out=out)
     if splits > 1:
         partial = torch.empty((splits, *out.shape), dtype=torch.float32)
-        tops, totals = torch.empty((2, splits, *out.shape[:3]), dtype=torch.float32)
-        call.pointers(out32=partial, top=tops, total=totals)
+        partial_stats = torch.empty((3, splits, *out.shape[:3]), dtype=torch.float32)
+        call.pointers(out32=partial, **_named(partial_stats))
         call.run("forward")
-        merged, *rows = _merge_splits(partial, tops, totals)
+        merged, merged_stats = _merge_splits(partial, partial_stats)
         out.copy_(merged)
         if out32 is not None:
             out32.copy_(merged)
         if stats is not None:
-            torch.stack(rows, out=stats)
+            stats.copy_(merged_stats)
         return
     if stats is not None:
-        call.pointers(top=stats[0], total=stats[1])
+        call.pointers(**_named(stats))
     if out32 is not None:
         call.pointers(out32=out32)
     call.run("forward")
 
 
 def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(result, its float32 copy or nothing, ``[2, B, H, Nq]`` maximum and sum of every row).
+    """(result, its float32 copy or nothing, ``[3, B, H, Nq]`` statistics of every row).
 
     The copy is there because a rounded result would spoil the gradients of the scalars.
     """
@@ -457,8 +458,13 @@ def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty(shape, dtype=v.dtype, device=v.device),
         torch.empty(copy, dtype=torch.float32, device=v.device),
-        torch.empty((2, *q.shape[:3]), dtype=torch.float32, device=v.device),
+        torch.empty((3, *q.shape[:3]), dtype=torch.float32, device=v.device),
     )
+
+
+def _named(stats: Tensor) -> dict[str, Tensor]:
+    """A row's largest modulated score, its sum of exponentials relative to that, and that score before sigma."""
+    return {"top": stats[0], "total": stats[1], "peak": stats[2]}
 
 
 def _fake_inference(q, k, v, *rest):
@@ -504,7 +510,7 @@ def _backward(
     grad_k, grad_v = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
     delta = torch.empty(q.shape[:3], dtype=torch.float32)
     call.views(grad_out=_dense_rows(grad_out), grad_k=grad_k, grad_v=grad_v)
-    call.pointers(out32=out32, top=stats[0], total=stats[1], delta=delta, grad_q=grad_q)
+    call.pointers(out32=out32, delta=delta, grad_q=grad_q, **_named(stats))
     scalars = grad_bias = None
     if any(needed[i] for i in (3, 4, 7, 8)):
         scalars = torch.zeros((splits, call.batch, call.heads, 4 * call.order + 2), dtype=torch.float64)
@@ -546,7 +552,7 @@ def _sink_gradient(sinks: Tensor | None, stats: Tensor, delta: Tensor) -> Tensor
     """A sink's share of every row, ``exp(sink - top) / total``, takes ``-delta``."""
     if sinks is None:
         return None
-    top, total = stats.double()
+    top, total, _ = stats.double()
     share = ((sinks.double()[:, None] - top).exp() / total).masked_fill_(total == 0, 0.0)
     return -(share * delta).sum((0, 2))
 

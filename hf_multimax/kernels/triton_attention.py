@@ -61,18 +61,7 @@ def attention(
     Raises:
         ValueError: for shapes that do not fit, ``causal`` with Nq > Nk, or what :func:`unsupported` names.
     """
-    features = dict(
-        mask=mask,
-        bias=bias,
-        affine=affine,
-        dropout_p=dropout_p,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-    )
-    _refuse(unsupported(q, k, v, ranges, ts, **features))
+    _refuse(unsupported(q, k, v, ranges, ts, mask=mask))
     _check_shapes(q, k, v, mask, bias)
     if causal and q.shape[2] > k.shape[2]:
         raise ValueError(
@@ -125,10 +114,7 @@ def varlen_attention(
             f"got {list(cu_seqlens_q.shape)} and {list(cu_seqlens_k.shape)}"
         )
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    features = dict(
-        affine=affine, dropout_p=dropout_p, causal=causal, window=window, scale=scale, softcap=softcap, sinks=sinks
-    )
-    _refuse(unsupported(q, k, v, ranges, ts, **features))
+    _refuse(unsupported(q, k, v, ranges, ts))
     _check_shapes(q, k, v, None, None)
     _check_scalars(q.shape[1], ranges, ts, affine, sinks, dropout_p, window)
     packing = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
@@ -288,7 +274,7 @@ def _as_tensor(value: Tensor | float | None, device: torch.device) -> Tensor | N
 
 
 def _outputs(q: Tensor, v: Tensor, zeros: bool = False) -> tuple[Tensor, Tensor]:
-    """Buffers for the output, laid out as ``[B, Nq, H, Dv]`` so that merging the heads is a view, and for the rows' norms."""
+    """Buffers for the output, laid out as ``[B, Nq, H, Dv]`` so that merging the heads is a view, and for norms."""
     batch, heads, n_rows, _ = q.shape
     make = torch.zeros if zeros else torch.empty
     o = make(batch, n_rows, heads, v.shape[-1], dtype=v.dtype, device=v.device).transpose(1, 2)

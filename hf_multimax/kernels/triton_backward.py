@@ -1,7 +1,7 @@
 """Backward pass of MultiMax attention in Triton: probabilities are recomputed, nothing is accumulated atomically.
 
-Order of the launches: :func:`dq_kernel` (also delta and the scalars' partial sums), then :func:`dkdv_kernel` and
-:func:`bias_kernel`, which read delta.
+Order of the launches: :func:`dq_kernel`, which also finds delta, then :func:`dkdv_kernel` (also the scalars' partial
+sums) and :func:`bias_kernel`, which read it.
 """
 
 import triton
@@ -30,19 +30,24 @@ from hf_multimax.kernels.triton_common import (
 
 
 @triton.jit
-def _store_scalar_gradients(partial, sums, modulator, AFFINE: tl.constexpr, ORDER: tl.constexpr):
-    """One program's gradients, laid out as ranges [2N], ts [2N], then scale and shift of the affine map."""
+def _store_scalar_gradients(partial, sums, exists, modulator, AFFINE: tl.constexpr, ORDER: tl.constexpr):
+    """Gradients from sums by key, laid out as ranges [2N], ts [2N], then scale and shift of the affine map."""
     b, d, t_b, t_d = modulator
     fold = LN2
     for n in tl.static_range(ORDER):
-        tl.store(partial + 2 * n, (n + 1) * t_b[n] * tl.sum(sums[4 * n + 2], 0))
-        tl.store(partial + (2 * n + 1), -(n + 1) * t_d[n] * tl.sum(sums[4 * n + 3], 0))
-        tl.store(partial + (2 * ORDER + 2 * n), fold * tl.sum(sums[4 * n], 0))
-        tl.store(partial + (2 * ORDER + 2 * n + 1), fold * tl.sum(sums[4 * n + 1], 0))
+        tl.store(partial + 2 * n, (n + 1) * t_b[n] * _total(sums[4 * n + 2], exists))
+        tl.store(partial + (2 * n + 1), -(n + 1) * t_d[n] * _total(sums[4 * n + 3], exists))
+        tl.store(partial + (2 * ORDER + 2 * n), fold * _total(sums[4 * n], exists))
+        tl.store(partial + (2 * ORDER + 2 * n + 1), fold * _total(sums[4 * n + 1], exists))
         fold = fold * LN2
     if AFFINE:
-        tl.store(partial + 4 * ORDER, tl.sum(sums[4 * ORDER], 0))
-        tl.store(partial + (4 * ORDER + 1), tl.sum(sums[4 * ORDER + 1], 0))
+        tl.store(partial + 4 * ORDER, _total(sums[4 * ORDER], exists))
+        tl.store(partial + (4 * ORDER + 1), _total(sums[4 * ORDER + 1], exists))
+
+
+@triton.jit
+def _total(vector, exists):
+    return tl.sum(tl.where(exists, vector, 0.0), 0)
 
 
 @triton.jit
@@ -56,7 +61,6 @@ def dq_kernel(
     peaks,
     totals,
     delta,
-    partial,
     ranges,
     ts,
     affine_scale,
@@ -101,11 +105,11 @@ def dq_kernel(
     UPCAST: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """One program per tile of queries of one head: dq, delta and, unless ``partial`` is None, scalar gradients.
+    """One program per tile of queries of one head: dq and delta.
 
-    ``o`` was rounded to the storage type, so delta = rowsum(o * do) is off, in bfloat16 by up to 1e-2 of the scalars'
-    gradients. The rows' sums of the score gradients, zero in exact arithmetic, give the error back: it is taken out of
-    the scalars' sums and out of the delta that the other kernels read.
+    ``o`` was rounded to the storage type, so rowsum(o * do) is off, in bfloat16 by enough to spoil two digits of the
+    scalars' gradients, which sum everything. The rows' sums of the gradients before the modulator's slope would be zero
+    in exact arithmetic: what is left of them corrects the delta that the other kernels read.
     """
     pid = tl.program_id(0)
     stream = pid // blocks
@@ -118,8 +122,6 @@ def dq_kernel(
     m0 = block * BLOCK_M
     if m0 >= n_rows:
         return
-    AFFINE: tl.constexpr = affine_scale is not None
-    COUNT: tl.constexpr = 4 * ORDER + 2 * (affine_scale is not None)
     k = head_base(k, s_k, batch, head // group, first_col, cu_k)
     v = head_base(v, s_v, batch, head // group, first_col, cu_k)
     if mask is not None:
@@ -143,8 +145,6 @@ def dq_kernel(
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    sums = zero_vectors(BLOCK_M, COUNT)
-    weights = zero_vectors(BLOCK_M, COUNT)
     excess = tl.zeros([BLOCK_M], tl.float32)
     bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
     for phase in tl.static_range(3):
@@ -173,37 +173,26 @@ def dq_kernel(
                     BIAS_BY_ROW,
                     CAUSAL,
                     phase != 1,
+                    phase != 1,
                 )
                 dp = dot(do_tile, tl.trans(v_tile), UPCAST)
                 if seed is not None:
                     keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, False, BLOCK_N)
                     dp = tl.where(keep, dp * keep_scale, 0.0)
                 g = p * (dp - row_delta[:, None])
-                if partial is not None:
-                    sums = add_vectors(sums, scalar_moments(g, x, y, slope, modulator, AFFINE, ORDER), COUNT)
-                    excess += tl.sum(g, 1)
-                    weights = add_vectors(weights, scalar_moments(p, x, y, slope, modulator, AFFINE, ORDER), COUNT)
+                excess += tl.sum(g, 1)
                 ds = g * slope * chain[1]
                 acc += dot(ds.to(k_tile.dtype), k_tile, UPCAST)
 
     dq_base = head_base(dq, s_dq, batch, head, first_row, cu_q)
     store_rows(dq_base, m0, n_rows, s_dq, acc * scale, BLOCK_M, D, BLOCK_D)
-    if partial is not None:
-        kept = 1.0
-        if sinks is not None:
-            log_share = tl.load(sinks + head).to(tl.float32) * LOG2E - norm[0]
-            if EXACT:
-                log_share -= norm[1]
-            kept = 1.0 - tl.exp2(log_share)
-        exact = excess + row_delta * kept
-        error = row_delta - exact
-        corrected = ()
-        for n in tl.static_range(COUNT):
-            corrected = corrected + (sums[n] + error * weights[n],)
-        row_delta = exact
-        place = (tl.cast(stream, tl.int64) * blocks + block) * COUNT
-        _store_scalar_gradients(partial + place, corrected, modulator, AFFINE, ORDER)
-    tl.store(delta + rows, row_delta, mask=rows < n_rows)
+    kept = 1.0
+    if sinks is not None:
+        log_share = tl.load(sinks + head).to(tl.float32) * LOG2E - norm[0]
+        if EXACT:
+            log_share -= norm[1]
+        kept = 1.0 - tl.exp2(log_share)
+    tl.store(delta + rows, excess + row_delta * kept, mask=rows < n_rows)
 
 
 @triton.jit
@@ -214,6 +203,7 @@ def dkdv_kernel(
     do,
     dk,
     dv,
+    partial,
     peaks,
     totals,
     delta,
@@ -262,8 +252,11 @@ def dkdv_kernel(
 ):
     """One program per tile of keys of one key head, over the queries of every head of its group.
 
+    Unless ``partial`` [sequences, H, blocks, 4N (+ 2)] is None, each head's share of the scalar gradients goes there.
     Tiles are held transposed, [keys, queries], so that neither product needs its left operand turned.
     """
+    AFFINE: tl.constexpr = affine_scale is not None
+    COUNT: tl.constexpr = 4 * ORDER + 2 * (affine_scale is not None)
     pid = tl.program_id(0)
     pair = pid // blocks
     key_heads = heads // group
@@ -297,12 +290,13 @@ def dkdv_kernel(
         head_bias = bias
         if bias is not None:
             head_bias = head_base(bias, s_bias, batch, head, 0, None)
+        sums = zero_vectors(BLOCK_N, COUNT)
         for phase in tl.static_range(3):
-            if phase > 0 or CAUSAL or window is not None:
+            if phase == 1 or window is not None or (phase == 0 and CAUSAL):
                 for m0 in range(bounds[phase], bounds[phase + 1], BLOCK_M):
                     rows = m0 + tl.arange(0, BLOCK_M)
-                    q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, phase != 1)
-                    do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, phase != 1)
+                    q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
+                    do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
                     norm = load_norm(peak_base, total_base, rows, n_rows, EXACT)
                     row_delta = tl.load(delta_base + rows, mask=rows < n_rows, other=0.0)
                     qk = dot(k_tile, tl.trans(q_tile), UPCAST)
@@ -325,6 +319,7 @@ def dkdv_kernel(
                         BIAS_BY_ROW,
                         CAUSAL,
                         phase != 1,
+                        False,
                     )
                     dp = dot(v_tile, tl.trans(do_tile), UPCAST)
                     used = p
@@ -333,8 +328,14 @@ def dkdv_kernel(
                         dp = tl.where(keep, dp * keep_scale, 0.0)
                         used = tl.where(keep, p * keep_scale, 0.0)
                     acc_v += dot(used.to(do_tile.dtype), do_tile, UPCAST)
-                    ds = p * (dp - row_delta[None, :]) * slope * chain[1]
+                    g = p * (dp - row_delta[None, :])
+                    if partial is not None:
+                        sums = add_vectors(sums, scalar_moments(g, x, y, slope, modulator, AFFINE, ORDER), COUNT)
+                    ds = g * slope * chain[1]
                     acc_k += dot(ds.to(q_tile.dtype), q_tile, UPCAST)
+        if partial is not None:
+            place = (tl.cast(stream, tl.int64) * blocks + pid % blocks) * COUNT
+            _store_scalar_gradients(partial + place, sums, cols < n_cols, modulator, AFFINE, ORDER)
 
     dk_base = head_base(dk, s_dk, batch, key_head, first_col, cu_k)
     dv_base = head_base(dv, s_dv, batch, key_head, first_col, cu_k)
@@ -475,6 +476,7 @@ def bias_kernel(
                         MASK_BY_ROW,
                         BIAS_BY_ROW,
                         CAUSAL,
+                        True,
                         True,
                     )
                     dp = dot(do_tile, tl.trans(v_tile), UPCAST)

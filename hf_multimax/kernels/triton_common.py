@@ -117,8 +117,8 @@ def load_modulator(ranges, ts, ORDER: tl.constexpr):
 
 @triton.jit
 def load_affine(scale, shift, head, s_head):
-    """(scale, shift) of a head in the base-2 domain, or (None, None)."""
-    affine = (None, None)
+    """(scale, shift) of a head in the base-2 domain, or ()."""
+    affine = ()
     if scale is not None:
         a = tl.load(scale + head * s_head[1]).to(tl.float32)
         c = tl.load(shift + head * s_head[2]).to(tl.float32)
@@ -129,7 +129,7 @@ def load_affine(scale, shift, head, s_head):
 @triton.jit
 def apply_affine(y, affine):
     x = y
-    if affine[0] is not None:
+    if len(affine) > 0:
         x = y * affine[0] + affine[1]
     return x
 
@@ -159,7 +159,7 @@ def modulate_slope(y, modulator, ORDER: tl.constexpr):
 
 @triton.jit
 def modulator_moments(weight, y, modulator, ORDER: tl.constexpr):
-    """Row sums that the scalar gradients are made of, a tuple of 4 * ORDER vectors.
+    """Sums along the second dimension that the scalar gradients are made of, a tuple of 4 * ORDER vectors.
 
     For n = 1..ORDER: sum of weight * r^n for r = max(b_n - y, 0) and for r = max(y - d_n, 0), then the same with
     r^(n-1) restricted to r > 0.
@@ -251,16 +251,18 @@ def mask_scores(
     MASK_BY_ROW: tl.constexpr,
     CAUSAL: tl.constexpr,
     EDGE: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """Modulated scores ``z`` with minus infinity at every masked entry; NaN stays NaN.
 
-    EDGE: the tile may leave the band of visible keys or the keys themselves. MASK_MIN: None for a boolean mask, else
+    EDGE: the tile may leave the band of visible keys. TAIL: it may hold keys that do not exist. MASK_MIN: None for a boolean mask, else
     the value at or below which an additive mask's entry masks.
     """
     rows, cols, n_rows, n_cols = where
     hidden = y <= MASKED
-    if EDGE:
+    if TAIL:
         hidden = hidden | (cols >= n_cols)
+    if EDGE:
         position = rows + (n_cols - n_rows)
         if CAUSAL:
             hidden = hidden | (cols > position)
@@ -281,7 +283,7 @@ def mask_scores(
 
 @triton.jit
 def load_norm(peaks, totals, rows, n_rows, EXACT: tl.constexpr):
-    """What the forward pass divided a row by, in base 2: (log, None), or (peak, log of the sum) if EXACT.
+    """What the forward pass divided a row by, in base 2: (log,), or (peak, log of the sum) if EXACT.
 
     The pair costs one more subtraction per score and keeps float32's accuracy where scores are large. Rows that do not
     exist get p = 0.
@@ -291,7 +293,7 @@ def load_norm(peaks, totals, rows, n_rows, EXACT: tl.constexpr):
     if EXACT:
         norm = (peak, total)
     else:
-        norm = (peak + total, None)
+        norm = (peak + total,)
     return norm
 
 
@@ -299,9 +301,9 @@ def load_norm(peaks, totals, rows, n_rows, EXACT: tl.constexpr):
 def broadcast_norm(norm, TRANSPOSED: tl.constexpr):
     """The norm of a vector of rows, against a tile [rows, cols] or [cols, rows]."""
     AXIS: tl.constexpr = 0 if TRANSPOSED else 1
-    out = (tl.expand_dims(norm[0], AXIS), None)
-    if norm[1] is not None:
-        out = (tl.expand_dims(norm[0], AXIS), tl.expand_dims(norm[1], AXIS))
+    out = (tl.expand_dims(norm[0], AXIS),)
+    if len(norm) > 1:
+        out = out + (tl.expand_dims(norm[1], AXIS),)
     return out
 
 
@@ -325,6 +327,7 @@ def probabilities(
     BIAS_BY_ROW: tl.constexpr,
     CAUSAL: tl.constexpr,
     EDGE: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """Recompute for the backward pass: (p, x, y, slope, chain), from each row's ``norm`` as :func:`load_norm` gives it.
 
@@ -336,16 +339,15 @@ def probabilities(
     y = tl.where(score <= MASKED, 0.0, score)
     x = apply_affine(y, affine)
     z = mask_scores(
-        modulate(x, modulator, ORDER), score, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, EDGE
+        modulate(x, modulator, ORDER), score, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, EDGE, TAIL
     )
-    if norm[1] is None:
-        p = tl.exp2(z - norm[0])
-    else:
-        p = tl.exp2((z - norm[0]) - norm[1])
+    z -= norm[0]
+    if len(norm) > 1:
+        z -= norm[1]
+    p = tl.exp2(z)
     slope = modulate_slope(x, modulator, ORDER)
-    if affine[0] is None:
-        chain = (1.0, cap_slope)
-    else:
+    chain = (1.0, cap_slope)
+    if len(affine) > 0:
         chain = (affine[0], affine[0] * cap_slope)
     return p, x, y, slope, chain
 
@@ -412,7 +414,10 @@ def key_bounds(m0, n_rows, n_cols, window, CAUSAL: tl.constexpr, BLOCK_M: tl.con
 
 @triton.jit
 def query_bounds(n0, n_rows, n_cols, window, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(lo, full_lo, full_hi, hi) of the queries that may see keys n0.., likewise."""
+    """(lo, full_lo, full_hi, hi) of the queries that may see keys n0.., likewise.
+
+    Queries that do not exist have no weight, so the last tile counts as full unless there is a window.
+    """
     first = n0 - (n_cols - n_rows)
     last = tl.minimum(n0 + BLOCK_N, n_cols) - 1 - (n_cols - n_rows)
     lo = first * 0
@@ -430,5 +435,7 @@ def query_bounds(n0, n_rows, n_cols, window, CAUSAL: tl.constexpr, BLOCK_M: tl.c
             full_lo = tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK_M) * BLOCK_M
     hi = tl.maximum(hi, 0)
     full_lo = tl.minimum(full_lo, hi)
-    full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_M * BLOCK_M, full_lo)
+    if window is not None:
+        full_hi = tl.maximum(full_hi, 0) // BLOCK_M * BLOCK_M
+    full_hi = tl.maximum(full_hi, full_lo)
     return lo, full_lo, full_hi, hi

@@ -14,7 +14,8 @@ __all__ = ["row_losses"]
 MASKED = tl.constexpr(-1.7014117e38)
 LOWEST = tl.constexpr(-3.4028234e38)
 TINY = tl.constexpr(1.1754944e-38)
-BLOCK, WARPS = 4096, 8
+#: 80 registers at order 2 on sm_90 (103 with every feature), no spills
+BLOCK, WARPS = 2048, 8
 
 
 def row_losses(

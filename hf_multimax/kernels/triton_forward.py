@@ -117,7 +117,9 @@ def forward_kernel(
                 where = (rows[:, None], cols[None, :], n_rows, n_cols)
                 y, _ = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
                 z = modulate(apply_affine(y, affine), modulator, ORDER)
-                z = mask_scores(z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, phase != 1)
+                z = mask_scores(
+                    z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, phase != 1, phase != 1
+                )
                 new_peak = tl.maximum(peak, tl.max(z, 1))
                 # a row that has seen nothing yet: any finite reference avoids inf - inf
                 reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -226,7 +228,7 @@ def decode_kernel(
         where = (rows[:, None], cols[None, :], n_rows, n_cols)
         y, _ = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
         z = modulate(apply_affine(y, affine), modulator, ORDER)
-        z = mask_scores(z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, True)
+        z = mask_scores(z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, True, True)
         new_peak = tl.maximum(peak, tl.max(z, 1))
         reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         p = tl.exp2(z - reference[:, None])

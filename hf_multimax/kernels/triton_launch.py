@@ -187,11 +187,11 @@ def backward(problem: Problem, do: Tensor, o: Tensor, norms: Tensor, needs: Sequ
         dv.zero_()
     else:
         with torch.cuda.device_of(p.q):
-            partial = _dq(p, do, o, norms, dq, delta, need_scalars)
-            if partial is not None:
-                scalars[:, : partial.shape[-1]] = partial.sum((0, 2), dtype=torch.float64)
-            if need_k or need_v:
-                _dkdv(p, do, norms, delta, dk, dv)
+            _dq(p, do, o, norms, dq, delta)
+            if need_k or need_v or need_scalars:
+                partial = _dkdv(p, do, norms, delta, dk, dv, need_scalars)
+                if partial is not None:
+                    scalars[:, : partial.shape[-1]] = partial.sum((0, 2), dtype=torch.float64)
             if dbias is not None:
                 _dbias(p, do, norms, delta, dbias)
 
@@ -241,7 +241,13 @@ def _decode(p: Problem, o: Tensor, norms: Tensor) -> None:
     partial = torch.empty(batch, heads, n_rows, splits, d_v, dtype=torch.float32, device=p.q.device)
     peaks, totals = torch.empty(2, batch, heads, n_rows, splits, dtype=torch.float32, device=p.q.device)
     decode_kernel[(programs * splits,)](
-        **arguments, partial=partial, split_peaks=peaks, split_totals=totals, blocks=blocks, splits=splits, **_options(t)
+        **arguments,
+        partial=partial,
+        split_peaks=peaks,
+        split_totals=totals,
+        blocks=blocks,
+        splits=splits,
+        **_options(t),
     )
     combine_kernel[(batch * heads * n_rows,)](
         partial=partial,
@@ -262,16 +268,10 @@ def _decode(p: Problem, o: Tensor, norms: Tensor) -> None:
     )
 
 
-def _dq(p: Problem, do: Tensor, o: Tensor, norms: Tensor, dq: Tensor, delta: Tensor, need_scalars: bool) -> Tensor | None:
-    """Fill ``dq`` and ``delta``; the scalars' partial sums ``[sequences, H, blocks, 4N (+ 2)]`` if needed."""
+def _dq(p: Problem, do: Tensor, o: Tensor, norms: Tensor, dq: Tensor, delta: Tensor) -> None:
     arguments = p.kernel_arguments()
     t = _tile(p, "dq", arguments)
     blocks, heads = triton.cdiv(p.max_q, t.m), p.q.shape[1]
-    partial = None
-    if need_scalars:
-        count = 4 * p.order + (0 if p.affine_scale is None else 2)
-        make = torch.empty if p.cu_q is None else torch.zeros  # short sequences leave programs idle
-        partial = make(p.sequences, heads, blocks, count, dtype=torch.float32, device=p.q.device)
     dq_kernel[(blocks * heads * p.sequences,)](
         **arguments,
         o=o,
@@ -280,7 +280,6 @@ def _dq(p: Problem, do: Tensor, o: Tensor, norms: Tensor, dq: Tensor, delta: Ten
         peaks=norms[0],
         totals=norms[1],
         delta=delta,
-        partial=partial,
         sinks=p.sinks,
         cu_q=p.cu_q,
         cu_k=p.cu_k,
@@ -293,20 +292,28 @@ def _dq(p: Problem, do: Tensor, o: Tensor, norms: Tensor, dq: Tensor, delta: Ten
         EXACT=p.q.dtype == torch.float32,
         **_options(t),
     )
-    return partial
 
 
-def _dkdv(p: Problem, do: Tensor, norms: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+def _dkdv(
+    p: Problem, do: Tensor, norms: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, need_scalars: bool
+) -> Tensor | None:
+    """Fill ``dk`` and ``dv``; the scalars' partial sums ``[sequences, H, blocks, 4N (+ 2)]`` if needed."""
     arguments = p.kernel_arguments()
     t = _tile(p, "dkdv", arguments)
     blocks = triton.cdiv(p.max_k, t.n)
     if blocks == 0:
-        return
+        return None
+    partial = None
+    if need_scalars:
+        count = 4 * p.order + (0 if p.affine_scale is None else 2)
+        make = torch.empty if p.cu_q is None else torch.zeros  # short sequences leave programs idle
+        partial = make(p.sequences, p.q.shape[1], blocks, count, dtype=torch.float32, device=p.q.device)
     dkdv_kernel[(blocks * p.k.shape[1] * p.sequences,)](
         **arguments,
         do=do,
         dk=dk,
         dv=dv,
+        partial=partial,
         peaks=norms[0],
         totals=norms[1],
         delta=delta,
@@ -321,6 +328,7 @@ def _dkdv(p: Problem, do: Tensor, norms: Tensor, delta: Tensor, dk: Tensor, dv: 
         EXACT=p.q.dtype == torch.float32,
         **_options(t),
     )
+    return partial
 
 
 def _dbias(p: Problem, do: Tensor, norms: Tensor, delta: Tensor, dbias: Tensor) -> None:
