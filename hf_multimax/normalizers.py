@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import relu
 
 from hf_multimax.config import MultiMaxConfig
-from hf_multimax.functional import compute_dtype, masked_softmax, multimax
+from hf_multimax.functional import multimax
 from hf_multimax.modulator import MultiMax, Normalizer
 from hf_multimax.registry import (
     REQUIRED,
@@ -76,9 +76,9 @@ class SoftMax(Normalizer):
         return f"temperature={self.temperature}"
 
 
-def _softmax(x: Tensor, dim: int = -1, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    scores = x.to(compute_dtype(x.dtype))
-    return masked_softmax(scores if temperature == 1.0 else scores / temperature, dim, mask).to(x.dtype)
+@rowwise
+def _softmax(x: Tensor, keep: Tensor, temperature: float = 1.0) -> Tensor:
+    return (x if temperature == 1.0 else x / temperature).softmax(-1)
 
 
 def _softmax_module(config: MultiMaxConfig, num_heads: int | None) -> SoftMax:
@@ -259,10 +259,10 @@ def _sparsity_threshold(z: Tensor, keep: Tensor, sparsity: float | Tensor) -> Te
     """
     count = keep.sum(-1, keepdim=True)
     underflow = keep & (z.exp() == 0)
-    already = underflow.sum(-1, keepdim=True) / count
+    already = underflow.sum(-1, keepdim=True).to(z.dtype) / count
     q = ((sparsity - already) / (1 - already)).clamp(0.0, 1.0)
     ordered = z.masked_fill(underflow, 0.0).masked_fill(~keep, math.inf).sort(-1).values
-    position = (q * (count - 1)).to(z.dtype)
+    position = q * (count - 1)
     index = position.detach().floor().long()
     below, above = ordered.gather(-1, index), ordered.gather(-1, (index + 1).minimum(count - 1))
     return -(below + (position - index) * (above - below)) + 1e-8

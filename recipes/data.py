@@ -261,7 +261,7 @@ _OSIS_LINE = re.compile(r"</?(?:div|chapter|title|lg?|lb|item|list|speaker)\b[^>
 
 def _osis_to_text(osis: str) -> str:
     # A footnote may be all that stands between two words, or stand before a comma.
-    osis = re.sub(r"<note\b.*?</note>", " ", osis, flags=re.DOTALL)
+    osis = re.sub(r"<note\b.*?</note>", " ", osis.replace("\n", " "))
     text = html.unescape(re.sub(r"<[^>]+>", "", _OSIS_LINE.sub("\n", osis)))
     lines = (" ".join(line.split()) for line in text.split("\n"))
     return re.sub(r" (?=[,.;:!?”’])", "", "\n".join(line for line in lines if line))

@@ -103,8 +103,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", default="pydoc", help=f"{names}, a text file, a folder of them, or a Hub data set")
     parser.add_argument("--model", help="start from this checkpoint (path or Hub id) instead of making a small GPT-2")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--pretraining-steps", type=int, default=500, help="of the small GPT-2 (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="of each of the two trainings (default: %(default)s)")
+    parser.add_argument("--pretraining-steps", type=int, default=400, help="of the small GPT-2 (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="of each of the two trainings (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=7.0, help="steps are cut to fit this (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="windows a step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, help="default: 3e-3 for the small GPT-2, 5e-5 with --model")
@@ -134,16 +134,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         f"Text {options.data}: {len(text):,} characters, {len(data.train):,} tokens to train on, "
         f"{data.held_out.numel():,} held out. Model: {model.num_parameters():,} parameters."
     )
-    rate = options.learning_rate or (5e-5 if options.model else 3e-3)
-    trainings = 2 if options.model else 3
-    affordable = affordable_steps(model, data, options) // trainings
-    steps = min(options.steps, affordable)
-    results: dict[str, Any] = {"data": options.data, "model": options.model, "seed": options.seed, "steps": steps}
+    rate, step = options.learning_rate or (5e-5 if options.model else 3e-3), step_seconds(model, data, options)
+    results: dict[str, Any] = {"data": options.data, "model": options.model, "seed": options.seed}
     if not options.model:
-        results["pretraining_steps"] = min(options.pretraining_steps, affordable)
-        batches = data.batches(results["pretraining_steps"], options.batch_size, options.seed)
-        train(model, batches, rate, options.seed, "pre-training, SoftMax")
-        rate /= 3
+        steps = affordable(options.pretraining_steps, step, 0.4 * 60 * options.minutes, "pre-training")
+        batches = data.batches(steps, options.batch_size, options.seed)
+        step = train(model, batches, rate, options.seed, "pre-training, SoftMax")
+        results["pretraining_steps"], rate = steps, rate / 3
 
     softmax = copy.deepcopy(model)
     before = perplexity(model, data)
@@ -152,7 +149,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     results["perplexity"] = {"checkpoint": before, "patched": after}
     say(f"Held-out perplexity of the checkpoint {before:.6f}, of the same after patch_model {after:.6f}.")
 
-    batches = data.batches(steps, options.batch_size, options.seed + 1)
+    # Three evaluations are to come, a forward pass is a third of a step, and one arm may be slower than the other.
+    evaluations = len(data.held_out) / options.batch_size * step
+    left = 60 * options.minutes - (time.perf_counter() - start) - evaluations
+    results["steps"] = affordable(options.steps, 1.2 * step, left / 2, "each training")
+    batches = data.batches(results["steps"], options.batch_size, options.seed + 1)
     arms = {"SoftMax": softmax, "MultiMax": model}
     results["arms"] = {
         name: {
@@ -174,7 +175,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def new_checkpoint(text: str, options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A small GPT-2 with random weights and a tokenizer made for the text."""
-    width, layers, context, vocabulary = (32, 2, 32, 300) if options.quick else (128, 4, 128, 2048)
+    width, layers, context, vocabulary = (32, 2, 32, 300) if options.quick else (128, 4, 128, 1024)
     tokenizer = train_tokenizer(text, vocabulary, context)
     set_seed(options.seed)
     config = GPT2Config(
@@ -223,17 +224,23 @@ def check_output(folder: Path) -> None:
         raise DataError(f"--output {folder} exists and is not from an earlier demo: choose another folder")
 
 
-def affordable_steps(model: PreTrainedModel, data: Data, options: argparse.Namespace) -> int:
-    """How many training steps fit into ``--minutes`` beside four evaluations; at least 3."""
+def step_seconds(model: PreTrainedModel, data: Data, options: argparse.Namespace) -> float:
+    """Seconds of a training step, by trial: the fastest of three."""
     seconds = []
     for batch in data.batches(3, options.batch_size, options.seed):
         begin = time.perf_counter()
         model(batch, labels=batch).loss.backward()
         seconds.append(time.perf_counter() - begin)
     model.zero_grad()
-    # A forward pass is a third of a step.
-    evaluations = 4 * len(data.held_out) / options.batch_size / 3
-    return max(int(60 * options.minutes / statistics.median(seconds) - evaluations), 3)
+    return min(seconds)
+
+
+def affordable(wanted: int, step: float, seconds: float, what: str) -> int:
+    """The wanted number of training steps, or as many as fit into so many seconds, at least 3."""
+    steps = min(wanted, max(int(seconds / step), 3))
+    if steps < wanted:
+        say(f"At {step:.2f} s a step, {steps} instead of {wanted} steps of {what} fit into --minutes.")
+    return steps
 
 
 # -- training and measuring --------------------------------------------------------------------------------------------

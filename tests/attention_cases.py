@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_multimax.functional import masked_softmax, modulate
-from tests.tolerances import ATTENTION, assert_no_worse, relative_error
+from tests.tolerances import ATTENTION, PEAKED_SCALARS, assert_no_worse, relative_error
 
 
 def reference(
@@ -141,8 +141,11 @@ CASES = [
          options={"causal": True, "window": 50, "softcap": 4.0}),
     Case("large scores", (2, 2, 2, 129, 129), spread=20.0),
     Case("steep", (2, 2, 2, 129, 129), spread=20.0, slope=5.0, threshold=100.0),
-    Case("far thresholds", (1, 2, 2, 64, 64), slope=5.0, threshold=100.0, affine=True),
+    Case("far thresholds", (2, 4, 4, 129, 129), slope=5.0, threshold=100.0, affine=True),
 ]  # fmt: skip
+
+
+SCALARS = ("ranges", "ts", "affine_scale", "affine_shift", "sinks")
 
 
 def run(attention: Callable, tensors: dict[str, Tensor], options: dict, grad: Tensor) -> dict[str, Tensor]:
@@ -168,7 +171,10 @@ def check(attention: Callable, case: Case, dtype: torch.dtype = torch.float32) -
         assert value.dtype == (dtype if name == "out" else tensors[name].dtype), name
         assert value.isfinite().all(), name
         error = relative_error(value, exact[name])
-        if dtype == torch.float32 and case.spread == 1 and case.slope <= 1 and error <= ATTENTION.get(name, 1e-5):
+        ordinary = case.spread == 1 and case.slope <= 1
+        if value.dtype == torch.float32 and ordinary and error <= ATTENTION.get(name, 1e-5):
+            continue
+        if not ordinary and name in SCALARS and error <= PEAKED_SCALARS:
             continue
         if exact[name].abs().max() < 1e-6:  # nothing but rounding, as the gradient of v's only key
             assert value.abs().max() < 1e-5, name

@@ -16,6 +16,7 @@ _T5 = {
     "num_heads": 4,
     "decoder_start_token_id": 0,
     "num_labels": 3,
+    "dropout_rate": 0.0,
 }
 _VIT = {
     "hidden_size": 32,
@@ -37,6 +38,9 @@ CONFIGS = {
         "n_positions": 64,
         "bos_token_id": 1,
         "num_labels": 3,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
     },
     "T5": _T5,
     "MT5": _T5,
@@ -52,6 +56,7 @@ CONFIGS = {
         "max_position_embeddings": 64,
         "decoder_start_token_id": 0,
         "forced_eos_token_id": None,
+        "dropout": 0.0,
         "is_encoder_decoder": True,
     },
     "ViT": _VIT,
@@ -115,9 +120,6 @@ def make(name: str, seed: int = 0, **config) -> PreTrainedModel:
         for parameter in model.parameters():  # so that scores have a standard deviation near 1, and no bias is zero
             if parameter.requires_grad:  # Marian's positions are computed, and never saved
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     return model.eval()
 
 

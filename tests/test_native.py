@@ -183,6 +183,7 @@ def _process(cache: Path, **environment: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_may_compile_at_once(tmp_path):
     processes = [_process(tmp_path) for _ in range(2)]
     for process in processes:

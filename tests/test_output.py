@@ -42,8 +42,8 @@ def test_it_starts_as_the_stock_model(name):
     with backend("eager"):
         for _ in range(2):  # the first labelled call is checked against stock, later ones skip its loss
             ours, theirs = model(**batch), stock(**batch)
-            torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-6, atol=0)
+            torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=0)
             assert set(ours) - {"past_key_values"} == set(theirs) - {"past_key_values"}
 
 

@@ -42,3 +42,6 @@ ATTENTION = {
     "out": 2e-6,
     **dict.fromkeys(("ranges", "ts", "affine_scale", "affine_shift", "sinks"), 1e-4),
 }
+
+#: gradients of the scalars where rows have one weight near 1 and |ts| or scores are large: nearly all of them cancels
+PEAKED_SCALARS = 1e-3

@@ -13,8 +13,10 @@
 #include <limits>
 
 #include <omp.h>
-#if defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -105,6 +107,28 @@ inline To bits(From x) {
 }
 
 inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+// a * b + c, rounded once where the processor can: spelt out where two functions must agree bit for bit, as the compiler
+// chooses what to fuse anew in each
+inline vf fused(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_NEON)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 
 inline vf relu(vf a) { return max(a, vf{}); }
 
@@ -341,8 +365,8 @@ inline void tile(int64_t inner, float alpha, const float* a, int64_t lda, const 
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       const vf x = splat(TRANSPOSED ? a[k * lda + i] : a[i * lda + k]);
-      sums[i][0] += x * b0;
-      sums[i][1] += x * b1;
+      sums[i][0] = fused(x, b0, sums[i][0]);
+      sums[i][1] = fused(x, b1, sums[i][1]);
     }
   }
 #pragma GCC unroll 12
@@ -441,13 +465,15 @@ inline vf power(vf x, int n) {
   return y;
 }
 
-// sigma(x); ORDER 0 takes the order at run time
+// sigma(x), the same bits in the forward and in the backward: scores may be so large that one unit in the last place
+// changes their exponential. ORDER 0 takes the order at run time.
 template <int ORDER>
 inline vf modulated(const Modulator& m, vf x) {
   vf out = x;
   const int order = ORDER ? ORDER : m.order;
   for (int n = 0; n < order; ++n) {
-    out += m.tb[n] * power(relu(m.b[n] - x), n + 1) + m.td[n] * power(relu(x - m.d[n]), n + 1);
+    const vf low = m.tb[n] * power(relu(m.b[n] - x), n + 1);
+    out += fused(splat(m.td[n]), power(relu(x - m.d[n]), n + 1), low);
   }
   return out;
 }
@@ -955,9 +981,10 @@ void compute_delta(const Arguments& g) {
       const int64_t i = line % g.rows, h = line / g.rows % g.heads, b = line / (g.rows * g.heads);
       read(at(g.grad_out, b, h, i, 0), g.grad_out.type, 1, g.value_dim, scratch);
       const float* out = g.out32 + line * g.value_dim;
-      double total = 0;
-      for (int64_t d = 0; d < g.value_dim; ++d) total += double(out[d]) * scratch[d];
-      g.delta[line] = float(total);
+      // in the order of a register tile: a row with one weight of 1 then has the same number as its product, bit for bit
+      float total = 0;
+      for (int64_t d = 0; d < g.value_dim; ++d) total = fused(scratch[d], out[d], total);
+      g.delta[line] = total;
     }
   }
 }

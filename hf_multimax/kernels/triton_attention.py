@@ -274,11 +274,14 @@ def _as_tensor(value: Tensor | float | None, device: torch.device) -> Tensor | N
 
 
 def _outputs(q: Tensor, v: Tensor, zeros: bool = False) -> tuple[Tensor, Tensor]:
-    """Buffers for the output, laid out as ``[B, Nq, H, Dv]`` so that merging the heads is a view, and for norms."""
+    """Buffers for the output and the rows' norms (two numbers per row in float32, else one).
+
+    The output is laid out as ``[B, Nq, H, Dv]``, so that merging the heads is a view.
+    """
     batch, heads, n_rows, _ = q.shape
     make = torch.zeros if zeros else torch.empty
     o = make(batch, n_rows, heads, v.shape[-1], dtype=v.dtype, device=v.device).transpose(1, 2)
-    return o, make(2, batch, heads, n_rows, dtype=torch.float32, device=q.device)
+    return o, make(2 if q.dtype == torch.float32 else 1, batch, heads, n_rows, dtype=torch.float32, device=q.device)
 
 
 def _problem(*arguments):

@@ -22,6 +22,7 @@ from hf_multimax.kernels.triton_common import (
     load_rows,
     probabilities,
     query_bounds,
+    row_base,
     scalar_moments,
     span,
     store_rows,
@@ -103,13 +104,12 @@ def dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
-    EXACT: tl.constexpr,
 ):
     """One program per tile of queries of one head: dq and delta.
 
     ``o`` was rounded to the storage type, so rowsum(o * do) is off, in bfloat16 by enough to spoil two digits of the
     scalars' gradients, which sum everything. The rows' sums of the gradients before the modulator's slope would be zero
-    in exact arithmetic: what is left of them corrects the delta that the other kernels read.
+    in exact arithmetic: what is left of them corrects the delta that the other kernels read (float64 if o is float32).
     """
     pid = tl.program_id(0)
     stream = pid // blocks
@@ -138,14 +138,15 @@ def dq_kernel(
     o_tile = load_rows(o_base, m0, n_rows, s_o, BLOCK_M, DV, BLOCK_DV, True)
     do_base = head_base(do, s_do, batch, head, first_row, cu_q)
     do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
-    peaks = head_base(peaks, s_row, batch, head, first_row, cu_q)
+    peaks = row_base(peaks, s_row, batch, head, first_row, cu_q)
     totals = head_base(totals, s_row, batch, head, first_row, cu_q)
     delta = head_base(delta, s_row, batch, head, first_row, cu_q)
-    norm = load_norm(peaks, totals, rows, n_rows, EXACT)
+    norm = load_norm(peaks, totals, rows, n_rows)
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    excess = tl.zeros([BLOCK_M], tl.float32)
+    SUM: tl.constexpr = tl.float32 if peaks is None else tl.float64
+    excess = tl.zeros([BLOCK_M], SUM)
     bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
     for phase in tl.static_range(3):
         if phase > 0 or window is not None:
@@ -180,7 +181,7 @@ def dq_kernel(
                     keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, False, BLOCK_N)
                     dp = tl.where(keep, dp * keep_scale, 0.0)
                 g = p * (dp - row_delta[:, None])
-                excess += tl.sum(g, 1)
+                excess += tl.sum(g.to(SUM), 1)
                 ds = g * slope * chain[1]
                 acc += dot(ds.to(k_tile.dtype), k_tile, UPCAST)
 
@@ -189,7 +190,7 @@ def dq_kernel(
     kept = 1.0
     if sinks is not None:
         log_share = tl.load(sinks + head).to(tl.float32) * LOG2E - norm[0]
-        if EXACT:
+        if len(norm) > 1:
             log_share -= norm[1]
         kept = 1.0 - tl.exp2(log_share)
     tl.store(delta + rows, excess + row_delta * kept, mask=rows < n_rows)
@@ -248,13 +249,14 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
-    EXACT: tl.constexpr,
 ):
     """One program per tile of keys of one key head, over the queries of every head of its group.
 
     Unless ``partial`` [sequences, H, blocks, 4N (+ 2)] is None, each head's share of the scalar gradients goes there.
+    Those cancel along rows but are summed along columns: in float64 where the inputs are float32.
     Tiles are held transposed, [keys, queries], so that neither product needs its left operand turned.
     """
+    SUM: tl.constexpr = tl.float32 if peaks is None else tl.float64
     AFFINE: tl.constexpr = affine_scale is not None
     COUNT: tl.constexpr = 4 * ORDER + 2 * (affine_scale is not None)
     pid = tl.program_id(0)
@@ -279,7 +281,7 @@ def dkdv_kernel(
         stream = batch * heads + head
         q_base = head_base(q, s_q, batch, head, first_row, cu_q)
         do_base = head_base(do, s_do, batch, head, first_row, cu_q)
-        peak_base = head_base(peaks, s_row, batch, head, first_row, cu_q)
+        peak_base = row_base(peaks, s_row, batch, head, first_row, cu_q)
         total_base = head_base(totals, s_row, batch, head, first_row, cu_q)
         delta_base = head_base(delta, s_row, batch, head, first_row, cu_q)
         modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)
@@ -290,16 +292,21 @@ def dkdv_kernel(
         head_bias = bias
         if bias is not None:
             head_bias = head_base(bias, s_bias, batch, head, 0, None)
-        sums = zero_vectors(BLOCK_N, COUNT)
+        sums = zero_vectors(BLOCK_N, SUM, COUNT)
         for phase in tl.static_range(3):
             if phase == 1 or window is not None or (phase == 0 and CAUSAL):
                 for m0 in range(bounds[phase], bounds[phase + 1], BLOCK_M):
                     rows = m0 + tl.arange(0, BLOCK_M)
                     q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
                     do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
-                    norm = load_norm(peak_base, total_base, rows, n_rows, EXACT)
+                    norm = load_norm(peak_base, total_base, rows, n_rows)
                     row_delta = tl.load(delta_base + rows, mask=rows < n_rows, other=0.0)
-                    qk = dot(k_tile, tl.trans(q_tile), UPCAST)
+                    if peaks is None:
+                        qk = dot(k_tile, tl.trans(q_tile), UPCAST)
+                        dp = dot(v_tile, tl.trans(do_tile), UPCAST)
+                    else:  # float32: the other kernels' products to the last bit, since steep slopes magnify them
+                        qk = tl.trans(dot(q_tile, tl.trans(k_tile), UPCAST))
+                        dp = tl.trans(dot(do_tile, tl.trans(v_tile), UPCAST))
                     p, x, y, slope, chain = probabilities(
                         qk,
                         broadcast_norm(norm, True),
@@ -321,7 +328,6 @@ def dkdv_kernel(
                         phase != 1,
                         False,
                     )
-                    dp = dot(v_tile, tl.trans(do_tile), UPCAST)
                     used = p
                     if seed is not None:
                         keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, True, BLOCK_N)
@@ -330,7 +336,7 @@ def dkdv_kernel(
                     acc_v += dot(used.to(do_tile.dtype), do_tile, UPCAST)
                     g = p * (dp - row_delta[None, :])
                     if partial is not None:
-                        sums = add_vectors(sums, scalar_moments(g, x, y, slope, modulator, AFFINE, ORDER), COUNT)
+                        sums = add_vectors(sums, scalar_moments(g, x, y, slope, modulator, SUM, AFFINE, ORDER), COUNT)
                     ds = g * slope * chain[1]
                     acc_k += dot(ds.to(q_tile.dtype), q_tile, UPCAST)
         if partial is not None:
@@ -397,7 +403,6 @@ def bias_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
-    EXACT: tl.constexpr,
 ):
     """One program per tile of the bias gradient, summed over the dimensions along which the bias was broadcast.
 
@@ -437,7 +442,7 @@ def bias_kernel(
             do_base = head_base(do, s_do, batch, head, 0, None)
             k_base = head_base(k, s_k, batch, head // group, 0, None)
             v_base = head_base(v, s_v, batch, head // group, 0, None)
-            peak_base = head_base(peaks, s_row, batch, head, 0, None)
+            peak_base = row_base(peaks, s_row, batch, head, 0, None)
             total_base = head_base(totals, s_row, batch, head, 0, None)
             delta_base = head_base(delta, s_row, batch, head, 0, None)
             modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)
@@ -455,7 +460,7 @@ def bias_kernel(
                     rows = m0 + tl.arange(0, BLOCK_M)
                     q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
                     do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
-                    norm = load_norm(peak_base, total_base, rows, n_rows, EXACT)
+                    norm = load_norm(peak_base, total_base, rows, n_rows)
                     row_delta = tl.load(delta_base + rows, mask=rows < n_rows, other=0.0)
                     qk = dot(q_tile, tl.trans(k_tile), UPCAST)
                     p, x, y, slope, chain = probabilities(
@@ -483,7 +488,7 @@ def bias_kernel(
                     if seed is not None:
                         keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, False, BLOCK_N)
                         dp = tl.where(keep, dp * keep_scale, 0.0)
-                    acc += p * (dp - row_delta[:, None]) * slope * chain[0]
+                    acc += (p * (dp - row_delta[:, None]) * slope * chain[0]).to(tl.float32)
 
     rows = row_lo + tl.arange(0, BLOCK_M)
     cols = col_lo + tl.arange(0, BLOCK_N)

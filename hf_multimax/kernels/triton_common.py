@@ -48,6 +48,15 @@ def head_base(pointer, strides, batch, head, first, cu_seqlens):
 
 
 @triton.jit
+def row_base(pointer, strides, batch, head, first, cu_seqlens):
+    """:func:`head_base` of a tensor with one number per query, which may be absent."""
+    base = pointer
+    if pointer is not None:
+        base = head_base(pointer, strides, batch, head, first, cu_seqlens)
+    return base
+
+
+@triton.jit
 def load_rows(
     base, start, length, strides, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, EDGE: tl.constexpr
 ):
@@ -158,11 +167,11 @@ def modulate_slope(y, modulator, ORDER: tl.constexpr):
 
 
 @triton.jit
-def modulator_moments(weight, y, modulator, ORDER: tl.constexpr):
+def modulator_moments(weight, y, modulator, SUM: tl.constexpr, ORDER: tl.constexpr):
     """Sums along the second dimension that the scalar gradients are made of, a tuple of 4 * ORDER vectors.
 
     For n = 1..ORDER: sum of weight * r^n for r = max(b_n - y, 0) and for r = max(y - d_n, 0), then the same with
-    r^(n-1) restricted to r > 0.
+    r^(n-1) restricted to r > 0. They are taken in the type SUM.
     """
     b, d, t_b, t_d = modulator
     out = ()
@@ -175,25 +184,26 @@ def modulator_moments(weight, y, modulator, ORDER: tl.constexpr):
         else:
             weight_b = weight * power(below, n)
             weight_d = weight * power(above, n)
-        out = out + (tl.sum(weight_b * below, 1), tl.sum(weight_d * above, 1), tl.sum(weight_b, 1), tl.sum(weight_d, 1))
+        out = out + (tl.sum((weight_b * below).to(SUM), 1), tl.sum((weight_d * above).to(SUM), 1))
+        out = out + (tl.sum(weight_b.to(SUM), 1), tl.sum(weight_d.to(SUM), 1))
     return out
 
 
 @triton.jit
-def scalar_moments(weight, x, y, slope, modulator, AFFINE: tl.constexpr, ORDER: tl.constexpr):
+def scalar_moments(weight, x, y, slope, modulator, SUM: tl.constexpr, AFFINE: tl.constexpr, ORDER: tl.constexpr):
     """:func:`modulator_moments` at ``x``, and for the affine map the sums of weight * slope times score and times 1."""
-    out = modulator_moments(weight, x, modulator, ORDER)
+    out = modulator_moments(weight, x, modulator, SUM, ORDER)
     if AFFINE:
         weight = weight * slope
-        out = out + (tl.sum(weight * y, 1) * LN2, tl.sum(weight, 1))
+        out = out + (tl.sum((weight * y).to(SUM), 1) * LN2, tl.sum(weight.to(SUM), 1))
     return out
 
 
 @triton.jit
-def zero_vectors(SIZE: tl.constexpr, COUNT: tl.constexpr):
+def zero_vectors(SIZE: tl.constexpr, TYPE: tl.constexpr, COUNT: tl.constexpr):
     out = ()
     for _ in tl.static_range(COUNT):
-        out = out + (tl.zeros([SIZE], tl.float32),)
+        out = out + (tl.zeros([SIZE], TYPE),)
     return out
 
 
@@ -255,8 +265,8 @@ def mask_scores(
 ):
     """Modulated scores ``z`` with minus infinity at every masked entry; NaN stays NaN.
 
-    EDGE: the tile may leave the band of visible keys. TAIL: it may hold keys that do not exist. MASK_MIN: None for a boolean mask, else
-    the value at or below which an additive mask's entry masks.
+    EDGE: the tile may leave the band of visible keys. TAIL: it may hold keys that do not exist. MASK_MIN: None if the
+    mask is boolean, else the value at or below which an entry of an additive mask masks.
     """
     rows, cols, n_rows, n_cols = where
     hidden = y <= MASKED
@@ -282,19 +292,28 @@ def mask_scores(
 
 
 @triton.jit
-def load_norm(peaks, totals, rows, n_rows, EXACT: tl.constexpr):
-    """What the forward pass divided a row by, in base 2: (log,), or (peak, log of the sum) if EXACT.
+def load_norm(peaks, totals, rows, n_rows):
+    """What the forward pass divided rows by, in base 2: (log,), or (peak, log of the sum relative to it).
 
     The pair costs one more subtraction per score and keeps float32's accuracy where scores are large. Rows that do not
     exist get p = 0.
     """
-    peak = tl.load(peaks + rows, mask=rows < n_rows, other=0.0)
-    total = tl.load(totals + rows, mask=rows < n_rows, other=float("inf"))
-    if EXACT:
-        norm = (peak, total)
-    else:
-        norm = (peak + total,)
+    norm = (tl.load(totals + rows, mask=rows < n_rows, other=float("inf")),)
+    if peaks is not None:
+        norm = (tl.load(peaks + rows, mask=rows < n_rows, other=0.0),) + norm
     return norm
+
+
+@triton.jit
+def store_norm(peaks, totals, rows, exists, peak, total):
+    """Store a norm as :func:`load_norm` reads it: plus infinity for rows without anything."""
+    empty = total == 0.0
+    log = tl.log2(tl.where(empty, 1.0, total))
+    if peaks is None:
+        log += peak
+    else:
+        tl.store(peaks + rows, tl.where(empty, 0.0, peak), mask=exists)
+    tl.store(totals + rows, tl.where(empty, float("inf"), log), mask=exists)
 
 
 @triton.jit

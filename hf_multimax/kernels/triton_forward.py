@@ -1,7 +1,7 @@
 """Forward pass of MultiMax attention in Triton: whole query tiles, and split keys for a few queries (decoding).
 
-Both store, for the backward pass, each row's largest modulated score and the base-2 log of its sum relative to that:
-0 and plus infinity where a row attends to nothing, so that the recomputed probabilities vanish there.
+Both store each row's norm for the backward pass: plus infinity where a row attends to nothing, so that the recomputed
+probabilities vanish there.
 """
 
 import triton
@@ -19,8 +19,10 @@ from hf_multimax.kernels.triton_common import (
     load_rows,
     mask_scores,
     modulate,
+    row_base,
     scores,
     span,
+    store_norm,
     store_rows,
 )
 
@@ -137,10 +139,9 @@ def forward_kernel(
     acc *= (keep_scale / tl.where(empty, 1.0, total))[:, None]
     o_base = head_base(o, s_o, batch, head, first_row, cu_q)
     store_rows(o_base, m0, n_rows, s_o, acc, BLOCK_M, DV, BLOCK_DV)
-    peaks = head_base(peaks, s_row, batch, head, first_row, cu_q)
+    peaks = row_base(peaks, s_row, batch, head, first_row, cu_q)
     totals = head_base(totals, s_row, batch, head, first_row, cu_q)
-    tl.store(peaks + rows, tl.where(empty, 0.0, peak), mask=rows < n_rows)
-    tl.store(totals + rows, tl.where(empty, float("inf"), tl.log2(total)), mask=rows < n_rows)
+    store_norm(peaks, totals, rows, rows < n_rows, peak, total)
 
 
 @triton.jit
@@ -293,5 +294,4 @@ def combine_kernel(
     out = tl.sum(tile * weight[:, None], 0) * (keep_scale / tl.where(empty, 1.0, total))
     base = o + batch * s_o[0] + head * s_o[1] + row * s_o[2]
     tl.store(base + depth * s_o[3], out.to(o.dtype.element_ty), mask=depth < DV)
-    tl.store(peaks + pid, reference)
-    tl.store(totals + pid, tl.where(empty, float("inf"), tl.log2(total)))
+    store_norm(peaks, totals, pid, True, reference, total)

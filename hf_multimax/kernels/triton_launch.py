@@ -34,8 +34,8 @@ _HALF = {
     "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     "short": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
     "decode": {64: Tile(16, 128, 4, 2), 128: Tile(16, 64, 4, 2), 256: Tile(16, 64, 4, 2)},
-    "dq": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
-    "dkdv": {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 1)},
+    "dq": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 16, 4, 1)},
+    "dkdv": {64: Tile(32, 128, 8, 3), 128: Tile(16, 128, 8, 2), 256: Tile(32, 32, 8, 1)},
     "bias": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
 }
 # Exact float32 products run on the ordinary units: small tiles, more registers per score.
@@ -51,7 +51,7 @@ _SINGLE = {
 _TINY = {
     "forward": Tile(32, 16, 1, 1),
     "decode": Tile(16, 16, 1, 1),
-    "dq": Tile(16, 32, 1, 1),
+    "dq": Tile(32, 16, 1, 1),
     "dkdv": Tile(32, 16, 1, 1),
 }
 
@@ -159,7 +159,10 @@ def tile(kernel: str, width: int, dtype: torch.dtype, roomy: bool = True) -> Til
 
 
 def forward(problem: Problem, o: Tensor, norms: Tensor) -> None:
-    """Fill the output ``[B, H, Nq, Dv]`` and the rows' norms ``[2, B, H, Nq]`` (peak, log2 of the sum)."""
+    """Fill the output ``[B, H, Nq, Dv]`` and the rows' norms ``[2 or 1, B, H, Nq]``.
+
+    Norms in base 2: the peak and the log of the sum relative to it, or one number for both.
+    """
     if problem.empty:
         return
     with torch.cuda.device_of(problem.q):
@@ -180,7 +183,7 @@ def backward(problem: Problem, do: Tensor, o: Tensor, norms: Tensor, needs: Sequ
     make = torch.empty_like if p.cu_q is None else torch.zeros_like
     dq, dk, dv = (make(x, memory_format=torch.contiguous_format) for x in (p.q, p.k, p.v))
     dbias = torch.zeros_like(p.bias, memory_format=torch.contiguous_format) if need_bias else None
-    delta = torch.zeros_like(norms[0])
+    delta = torch.zeros_like(norms[0], dtype=_sum_type(p))
     scalars = torch.zeros(p.q.shape[1], 2 * p.ranges.shape[-1] + 2, dtype=torch.float64, device=p.q.device)
     if p.empty:
         dk.zero_()
@@ -217,8 +220,8 @@ def _forward(p: Problem, o: Tensor, norms: Tensor) -> None:
     forward_kernel[(blocks * p.q.shape[1] * p.sequences,)](
         **arguments,
         o=o,
-        peaks=norms[0],
-        totals=norms[1],
+        peaks=_peaks(norms),
+        totals=norms[-1],
         sinks=p.sinks,
         cu_q=p.cu_q,
         cu_k=p.cu_k,
@@ -254,8 +257,8 @@ def _decode(p: Problem, o: Tensor, norms: Tensor) -> None:
         split_peaks=peaks,
         split_totals=totals,
         o=o,
-        peaks=norms[0],
-        totals=norms[1],
+        peaks=_peaks(norms),
+        totals=norms[-1],
         sinks=p.sinks,
         s_o=o.stride(),
         heads=heads,
@@ -277,8 +280,8 @@ def _dq(p: Problem, do: Tensor, o: Tensor, norms: Tensor, dq: Tensor, delta: Ten
         o=o,
         do=do,
         dq=dq,
-        peaks=norms[0],
-        totals=norms[1],
+        peaks=_peaks(norms),
+        totals=norms[-1],
         delta=delta,
         sinks=p.sinks,
         cu_q=p.cu_q,
@@ -289,7 +292,6 @@ def _dq(p: Problem, do: Tensor, o: Tensor, norms: Tensor, dq: Tensor, delta: Ten
         s_row=norms[0].stride(),
         blocks=blocks,
         keep_scale=p.keep_scale,
-        EXACT=p.q.dtype == torch.float32,
         **_options(t),
     )
 
@@ -307,15 +309,15 @@ def _dkdv(
     if need_scalars:
         count = 4 * p.order + (0 if p.affine_scale is None else 2)
         make = torch.empty if p.cu_q is None else torch.zeros  # short sequences leave programs idle
-        partial = make(p.sequences, p.q.shape[1], blocks, count, dtype=torch.float32, device=p.q.device)
+        partial = make(p.sequences, p.q.shape[1], blocks, count, dtype=_sum_type(p), device=p.q.device)
     dkdv_kernel[(blocks * p.k.shape[1] * p.sequences,)](
         **arguments,
         do=do,
         dk=dk,
         dv=dv,
         partial=partial,
-        peaks=norms[0],
-        totals=norms[1],
+        peaks=_peaks(norms),
+        totals=norms[-1],
         delta=delta,
         cu_q=p.cu_q,
         cu_k=p.cu_k,
@@ -325,7 +327,6 @@ def _dkdv(
         s_row=norms[0].stride(),
         blocks=blocks,
         keep_scale=p.keep_scale,
-        EXACT=p.q.dtype == torch.float32,
         **_options(t),
     )
     return partial
@@ -341,8 +342,8 @@ def _dbias(p: Problem, do: Tensor, norms: Tensor, delta: Tensor, dbias: Tensor) 
         **arguments,
         do=do,
         dbias=full,
-        peaks=norms[0],
-        totals=norms[1],
+        peaks=_peaks(norms),
+        totals=norms[-1],
         delta=delta,
         s_do=do.stride(),
         s_dbias=full.stride(),
@@ -355,7 +356,6 @@ def _dbias(p: Problem, do: Tensor, norms: Tensor, delta: Tensor, dbias: Tensor) 
         PER_HEAD=heads > 1,
         PER_ROW=n_rows > 1,
         PER_COL=n_cols > 1,
-        EXACT=p.q.dtype == torch.float32,
         **_options(t),
     )
 
@@ -363,8 +363,17 @@ def _dbias(p: Problem, do: Tensor, norms: Tensor, delta: Tensor, dbias: Tensor) 
 def _sink_gradient(sinks: Tensor, norms: Tensor, delta: Tensor) -> Tensor:
     """A sink takes probability from the keys and adds nothing: its gradient is -p_sink * delta, summed over rows."""
     log2e = 1.4426950408889634
-    share = torch.exp2((sinks.float()[:, None] * log2e - norms[0]) - norms[1])
-    return -(share * delta).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
+    share = torch.exp2(sinks.float()[:, None] * log2e - norms.double().sum(0))
+    return -(share * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _sum_type(p: Problem) -> torch.dtype:
+    """Type of delta and of the scalars' partial sums."""
+    return torch.float64 if p.q.dtype == torch.float32 else torch.float32
+
+
+def _peaks(norms: Tensor) -> Tensor | None:
+    return norms[0] if len(norms) == 2 else None
 
 
 def _tile(p: Problem, kernel: str, arguments: dict[str, Any]) -> Tile:

@@ -1,0 +1,46 @@
+# `make demo` and `make test` do everything on a fresh machine: each makes the virtual environments that it needs.
+
+PYTHON ?= python3
+PYTEST ?= -n 2 -m "not slow"
+NEWEST = .venv
+OLDEST = .venv-oldest
+
+.PHONY: demo test test-newest test-oldest test-slow style format clean
+
+## The main job on real text. MODEL=<path or Hub id> starts from that checkpoint, DATA=<file, folder, web or Hub id>.
+demo: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m recipes.demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+## The tests, with the newest and with the oldest supported transformers.
+test: test-newest test-oldest
+
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pytest $(PYTEST) $(ARGS)
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest $(PYTEST) $(ARGS)
+
+## The slow tests: long trainings, downloads of real data, cross-compilation.
+test-slow: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pytest -m slow $(ARGS)
+
+style: $(NEWEST)/.installed
+	$(NEWEST)/bin/ruff check .
+	$(NEWEST)/bin/ruff format --check .
+
+format: $(NEWEST)/.installed
+	$(NEWEST)/bin/ruff check --fix .
+	$(NEWEST)/bin/ruff format .
+
+$(NEWEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(NEWEST) $(OLDEST) .pytest_cache .ruff_cache build *.egg-info
