@@ -41,6 +41,7 @@ class Shape:
     causal: bool = False
     dtype: str = "float32"
     training: bool = True
+    compilers: bool = False  # also torch.compile and FlexAttention, which take a minute per row to compile
 
     def __str__(self) -> str:
         length = str(self.keys) if self.queries == self.keys else f"{self.queries} of {self.keys}"
@@ -59,14 +60,15 @@ def shapes(device: str, full: bool) -> list[Shape]:
     if device == "cuda":
         lengths = (64, 512, 2048, 4096, 16384) if full else (512, 2048, 8192)
         square = [
-            Shape(max(1, 16384 // n), 16, n, n, dim, causal, "bfloat16")
+            Shape(max(1, 16384 // n), 16, n, n, dim, causal, "bfloat16", compilers=n == 2048)
             for dim in (64, 128)
             for n in lengths
             for causal in (False, True)
         ]
         return [*square, *(Shape(16, 16, 1, n, 128, False, "bfloat16", False) for n in (2048, 32768))]
     found = [
-        *(Shape(2, 8, n, n, causal=causal) for n in (1024, 2048) for causal in (False, True)),
+        *(Shape(2, 8, 1024, 1024, causal=causal, compilers=True) for causal in (False, True)),
+        *(Shape(2, 8, 2048, 2048, causal=causal) for causal in (False, True)),
         *(Shape(2, 8, 1024, 1024, causal=causal, dtype="bfloat16") for causal in (False, True)),
         Shape(4, 12, 197, 197),
         Shape(4, 8, 64, 64),
@@ -115,9 +117,10 @@ def candidates(shape: Shape, device: str, training: bool) -> dict[str, Callable[
         found[name] = _backend(name, shape)
     if shape.batch * shape.heads * shape.queries * shape.keys <= PLAIN_SCORES[device]:
         found["plain"] = lambda *x: plain(*x, causal=shape.causal)
-        compiled = torch.compile(plain)
-        found["compile"] = lambda *x: compiled(*x, causal=shape.causal)
-    if not training:
+        if shape.compilers:
+            compiled = torch.compile(plain)
+            found["compile"] = lambda *x: compiled(*x, causal=shape.causal)
+    if shape.compilers and not training:
         found["flex"] = _flex(shape, device)
     if device == "cuda" and importlib.util.find_spec("adasplash") and shape.queries == shape.keys:
         adasplash = importlib.import_module("adasplash").adasplash

@@ -1,6 +1,6 @@
 """What every normalizer costs against SoftMax, and how many exact zeros it gives on the same trained scores.
 
-    python -m benchmarks.normalizers [--device cuda] [--budget 2] [--full]
+    python -m benchmarks.normalizers [--device cuda] [--threads 1] [--budget 2] [--full]
 
 Times are of a batch of rows of length 128, 512 and 2048, float32, forward and forward + backward, as ratios to
 ``torch.softmax`` measured in turn with it. The zeros are counted on the scores of a small byte-level GPT-2, trained
@@ -42,9 +42,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds per normalizer, length and direction")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--full", action="store_true", help="2^22 scores per call instead of 2^18")
-    parser.add_argument("--steps", type=int, default=200, help="training steps of the model whose scores are used")
+    parser.add_argument("--steps", type=int, default=150, help="training steps of the model whose scores are used")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     size = 2**22 if arguments.full else 2**18
     zeros, spread = exact_zeros(arguments.steps)
     rows = []
@@ -105,7 +107,7 @@ def _backward(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> 
     return run
 
 
-def exact_zeros(steps: int, n: int = 256) -> tuple[dict[str, float], float]:
+def exact_zeros(steps: int, n: int = 128) -> tuple[dict[str, float], float]:
     """The share of exact zeros among the visible entries of each normalizer, and the scores' standard deviation."""
     text = torch.tensor(list("\n".join(pydoc_data.topics.topics.values()).encode()), dtype=torch.long)
     scores, keep = trained_scores(text, steps, n)
@@ -119,7 +121,7 @@ def exact_zeros(steps: int, n: int = 256) -> tuple[dict[str, float], float]:
 def trained_scores(text: Tensor, steps: int, n: int) -> tuple[Tensor, Tensor]:
     """Scores ``[layers, heads, n, n]`` of a byte-level GPT-2 trained with SoftMax, and which entries are visible."""
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=256, n_positions=n, n_embd=128, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(vocab_size=256, n_positions=n, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     held_out = text[-n:][None]

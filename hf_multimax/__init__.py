@@ -1,8 +1,10 @@
 """MultiMax for Hugging Face Transformers: a learnable, sparse and multi-modal SoftMax in any model."""
 
-from hf_multimax.attention import backend, multimax_attention
+from hf_multimax.attention import multimax_attention
+from hf_multimax.backends import backend
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.functional import modulate, multimax
+from hf_multimax.kernels.cross_entropy import multimax_linear_cross_entropy
 from hf_multimax.modeling import register_extension_points
 from hf_multimax.modulator import MultiMax, Normalizer
 from hf_multimax.normalizers import normalize, register_normalizer
@@ -27,6 +29,7 @@ __all__ = [
     "modulate",
     "multimax",
     "multimax_attention",
+    "multimax_linear_cross_entropy",
     "multimax_parameters",
     "normalize",
     "patch_model",

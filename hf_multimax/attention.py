@@ -1,48 +1,23 @@
 """The one attention function: what every patched layer calls, and what users call without Transformers."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as apply_dropout
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import output_capturing
 
+from hf_multimax.backends import choose_kernel, current_backend, tiles_are_slower
 from hf_multimax.functional import Affine, compute_dtype, masked_softmax, modulate
+from hf_multimax.kernels import tiled
+from hf_multimax.modulator import MultiMax, Normalizer
 
-__all__ = ["IMPLEMENTATION", "attention_forward", "backend", "current_backend", "multimax_attention"]
+__all__ = ["IMPLEMENTATION", "attention_forward", "multimax_attention"]
 
 #: The name under which attention is registered with Transformers.
 IMPLEMENTATION = "multimax"
-
-BACKENDS = ("auto", "eager")
-_backend = "auto"
-
-
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Choose the implementation of attention inside a ``with`` block, for the whole process.
-
-    ``"auto"`` (the default) is the fastest that supports each call. Any other choice is used as it is, and raises
-    ValueError for a call that it does not support. With gradient checkpointing, keep the block around the backward
-    pass too.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    global _backend
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
-    previous, _backend = _backend, name
-    try:
-        yield
-    finally:
-        _backend = previous
-
-
-def current_backend() -> str:
-    """The name that the innermost :func:`backend` block chose."""
-    return _backend
 
 
 def multimax_attention(
@@ -81,13 +56,15 @@ def multimax_attention(
             [0, 1). TypeError: for a mask that is neither boolean nor floating.
     """
     _check_shapes(q, k, v, is_causal, dropout_p)
-    mask = attn_mask
-    if is_causal:
-        mask = _with_causal(mask, q, k)
+    features = {"mask": attn_mask, "bias": bias, "affine": affine, "dropout_p": dropout_p, "causal": is_causal}
+    kernel = choose_kernel(q, k, v, ranges, ts, scale=scale, **features)
+    if kernel is not None:
+        return kernel.attention(q, k, v, ranges, ts, scale=scale, **features)
 
     def modulator(scores: Tensor) -> Tensor:
         return modulate(scores, ranges, ts, affine)
 
+    mask = _with_causal(attn_mask, q, k) if is_causal else attn_mask
     return eager_attention(q, k, v, modulator, masked_softmax, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale)[
         0
     ]
@@ -129,27 +106,105 @@ def attention_forward(
             "continuous batching (generate_batch) prepares masks only for Transformers' own attention "
             "implementations: call generate() on a MultiMax model, or hf_multimax.unpatch_model(model) first"
         )
-    if attention_mask is None and query.shape[2] > 1 and _is_causal(module, is_causal):
+    causal = attention_mask is None and query.shape[2] > 1 and _is_causal(module, is_causal)
+    weights_wanted = _weights_wanted(module, kwargs)
+    sinks = s_aux if s_aux is not None else sinks
+    # A layer that the config leaves out holds None: it shares its config with patched ones and keeps SoftMax.
+    normalizer = module.multimax
+    if normalizer is None and current_backend() == "auto" and not weights_wanted and sinks is None and not softcap:
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            position_bias=position_bias,
+        )
+    if causal:
         # A static cache at its first call is longer than the queries, which are its first entries.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
-        attention_mask = _with_causal(None, query, key)
-    # A layer that the config leaves out holds None: it shares its config with patched ones and keeps SoftMax.
-    normalizer = module.multimax
-    out, weights = eager_attention(
+    out, weights = _attend(
+        normalizer,
         query,
         key,
         value,
-        modulator=_identity if normalizer is None else normalizer.modulate,
-        normalize=masked_softmax if normalizer is None else normalizer.normalize,
+        weights_wanted,
         mask=attention_mask,
         bias=position_bias,
         dropout_p=dropout if module.training else 0.0,
+        causal=causal,
         scale=scaling,
         softcap=softcap,
-        sinks=s_aux if s_aux is not None else sinks,
+        sinks=sinks,
     )
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _attend(
+    normalizer: Normalizer | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights_wanted: bool,
+    *,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    **features: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention through a layer's normalizer, by the backend that the user chose or that suits the call."""
+    if isinstance(normalizer, MultiMax):
+        ranges, ts, features["affine"] = normalizer.ranges, normalizer.ts, normalizer.affine
+        kernel = choose_kernel(q, k, v, ranges, ts, weights=weights_wanted, mask=mask, causal=causal, **features)
+        if kernel is not None:
+            return kernel.attention(q, k, v, ranges, ts, mask=mask, causal=causal, scale=scale, **features), None
+        del features["affine"]
+    elif normalizer is not None and _in_tiles(q, k, mask, features["sinks"], weights_wanted):
+        names, parameters = zip(*normalizer.named_parameters()) if list(normalizer.parameters()) else ((), ())
+        del features["sinks"]
+
+        def rows(scores: Tensor, keep: Tensor | None, *values: Tensor) -> Tensor:
+            return torch.func.functional_call(normalizer, dict(zip(names, values)), (scores, -1, keep))
+
+        return tiled.rowwise_attention(
+            rows, parameters, q, k, v, mask=mask, causal=causal, scale=scale, **features
+        ), None
+    elif current_backend() not in ("auto", "eager") and normalizer is not None:
+        raise ValueError(
+            f"backend({current_backend()!r}) does not support {type(normalizer).__name__} in this call: "
+            "use backend('auto') or backend('eager')"
+        )
+    return eager_attention(
+        q,
+        k,
+        v,
+        _identity if normalizer is None else normalizer.modulate,
+        masked_softmax if normalizer is None else normalizer.normalize,
+        mask=_with_causal(mask, q, k) if causal else mask,
+        scale=scale,
+        **features,
+    )
+
+
+def _in_tiles(q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor | None, weights_wanted: bool) -> bool:
+    """Whether a normalizer other than MultiMax runs in tiles, which bound the memory."""
+    # a finite additive mask would have to come between the normalizer's two steps
+    possible = not weights_wanted and sinks is None and (mask is None or mask.dtype == torch.bool)
+    if current_backend() == "tiled":
+        return possible
+    return possible and current_backend() == "auto" and not tiles_are_slower(q, k)
+
+
+def _weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller collects attention weights: by keyword, by config, or by Transformers' output capturing."""
+    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        return True
+    collected = output_capturing._active_collector.get()
+    return bool(collected) and any("attentions" in key for key in collected)
 
 
 def eager_attention(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_multimax.attention import backend
+from hf_multimax.backends import backend
 from hf_multimax.modulator import Normalizer
 from hf_multimax.patching import patch_model, unpatch_model
 

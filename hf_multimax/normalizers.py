@@ -261,7 +261,7 @@ def _sparsity_threshold(z: Tensor, keep: Tensor, sparsity: float | Tensor) -> Te
     underflow = keep & (z.exp() == 0)
     already = underflow.sum(-1, keepdim=True).to(z.dtype) / count
     q = ((sparsity - already) / (1 - already)).clamp(0.0, 1.0)
-    ordered = z.masked_fill(underflow, 0.0).masked_fill(~keep, math.inf).sort(-1).values
+    ordered = torch.where(keep, torch.where(underflow, 0.0, z), math.inf).sort(-1).values
     position = q * (count - 1)
     index = position.detach().floor().long()
     below, above = ordered.gather(-1, index), ordered.gather(-1, (index + 1).minimum(count - 1))
@@ -284,7 +284,7 @@ def _adaptive_temperature(x: Tensor, keep: Tensor, apply_in_training: bool = Fal
 @rowwise
 def _evsoftmax(x: Tensor, keep: Tensor, training: bool = False) -> Tensor:
     z = (x - x.amax(-1, keepdim=True)).detach()
-    mean = z.masked_fill(~keep, 0.0).sum(-1, keepdim=True) / keep.sum(-1, keepdim=True)
+    mean = torch.where(keep, z, 0.0).sum(-1, keepdim=True) / keep.sum(-1, keepdim=True)
     likely = (z >= mean) | (z == 0)
     return torch.where(likely, x, x + math.log(_EV_TRAINING_FACTOR) if training else -math.inf).softmax(-1)
 
@@ -297,7 +297,7 @@ def _topk_softmax(x: Tensor, keep: Tensor, k: int) -> Tensor:
     above, equal = x > least, x == least
     room = k - above.sum(-1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(-1) <= room))
-    return x.masked_fill(~chosen, -math.inf).softmax(-1)
+    return torch.where(chosen, x, -math.inf).softmax(-1)
 
 
 @rowwise
@@ -307,7 +307,7 @@ def _scalable_softmax(x: Tensor, keep: Tensor, s: float | Tensor = 0.43) -> Tens
 
 def _scaled_softmax(x: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
     """SoftMax of ``scale * x``, where the scale of a row may be 0 or carry a gradient."""
-    return (scale * x.masked_fill(~keep, 0.0)).masked_fill(~keep, -math.inf).softmax(-1)
+    return torch.where(keep, scale * torch.where(keep, x, 0.0), -math.inf).softmax(-1)
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------

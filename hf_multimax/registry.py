@@ -234,11 +234,13 @@ def rowwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         keep = scores != -math.inf
         if mask is not None:
             keep = keep & mask.expand(x.shape).movedim(dim, -1)
-        scores = scores.masked_fill(~keep, -math.inf)
-        usable = scores.detach().amax(-1, keepdim=True).isfinite()
+            scores = torch.where(keep, scores, -math.inf)  # where, not masked_fill, which is slow on a CPU
+        peak = scores.detach().amax(-1, keepdim=True)
+        usable = peak.isfinite()
         options = {name: _aligned(value, scores, dim) for name, value in options.items()}
         p = function(torch.where(usable, scores, 0.0), keep | ~usable, **options)
-        p = p.masked_fill(~keep, 0.0).masked_fill(keep & ~usable, math.nan)
+        broken = torch.where(usable | (peak == -math.inf), 0.0, math.nan).to(p.dtype)
+        p = torch.where(keep, p + broken, 0.0)
         return p.movedim(-1, dim).to(x.dtype)
 
     parameters = list(inspect.signature(function).parameters.values())[2:]

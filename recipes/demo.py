@@ -107,7 +107,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=250, help="of each of the two trainings (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=7.0, help="steps are cut to fit this (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="windows a step (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, help="default: 3e-3 for the small GPT-2, 5e-5 with --model")
+    parser.add_argument("--learning-rate", type=float, help="default: 5e-5 with --model, else 3e-3, then 1e-3")
     parser.add_argument("--held-out-windows", type=int, help="evaluated, at most; default: 256, 32 with --model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model, to see that all works")
@@ -134,40 +134,49 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         f"Text {options.data}: {len(text):,} characters, {len(data.train):,} tokens to train on, "
         f"{data.held_out.numel():,} held out. Model: {model.num_parameters():,} parameters."
     )
-    rate, step = options.learning_rate or (5e-5 if options.model else 3e-3), step_seconds(model, data, options)
     results: dict[str, Any] = {"data": options.data, "model": options.model, "seed": options.seed}
+    rate, step = options.learning_rate or (5e-5 if options.model else 3e-3), step_seconds(model, data, options)
     if not options.model:
         steps = affordable(options.pretraining_steps, step, 0.4 * 60 * options.minutes, "pre-training")
         batches = data.batches(steps, options.batch_size, options.seed)
-        step = train(model, batches, rate, options.seed, "pre-training, SoftMax")
+        step = train({"SoftMax": model}, batches, rate, options.seed, "pre-training")["SoftMax"]
         results["pretraining_steps"], rate = steps, rate / 3
 
-    softmax = copy.deepcopy(model)
+    arms = {"SoftMax": copy.deepcopy(model), "MultiMax": model}
     before = perplexity(model, data)
-    patch_model(model)
-    after = perplexity(model, data)
-    results["perplexity"] = {"checkpoint": before, "patched": after}
-    say(f"Held-out perplexity of the checkpoint {before:.6f}, of the same after patch_model {after:.6f}.")
+    patch(model, options)
+    results["perplexity"] = {"checkpoint": before, "patched": perplexity(model, data)}
+    say(
+        "Held-out perplexity: checkpoint {checkpoint:.6f}, after patch_model {patched:.6f}.".format(
+            **results["perplexity"]
+        )
+    )
 
     # Three evaluations are to come, a forward pass is a third of a step, and one arm may be slower than the other.
-    evaluations = len(data.held_out) / options.batch_size * step
-    left = 60 * options.minutes - (time.perf_counter() - start) - evaluations
-    results["steps"] = affordable(options.steps, 1.2 * step, left / 2, "each training")
+    left = 60 * options.minutes - (time.perf_counter() - start) - len(data.held_out) / options.batch_size * step
+    results["steps"] = affordable(options.steps, step, left / 2.2, "each training")
     batches = data.batches(results["steps"], options.batch_size, options.seed + 1)
-    arms = {"SoftMax": softmax, "MultiMax": model}
-    results["arms"] = {
+    results["arms"] = compare(arms, data, batches, rate, options.seed)
+    print_table(results)
+    results |= environment()
+    save_and_reload(model, tokenizer, data, options.output, results, start)
+    return results
+
+
+def compare(
+    arms: dict[str, PreTrainedModel], data: Data, batches: Tensor, rate: float, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Train all arms on; the figures of each."""
+    seconds = train(arms, batches, rate, seed, " and ".join(arms))
+    return {
         name: {
-            "step_seconds": train(arm, batches, rate, options.seed, f"training on, {name}"),
+            "step_seconds": seconds[name],
             "perplexity": perplexity(arm, data),
             "extra_parameters": sum(parameter.numel() for parameter in multimax_parameters(arm).values()),
             "layers": layer_figures(arm, data),
         }
         for name, arm in arms.items()
     }
-    print_table(results)
-    results |= environment()
-    save_and_reload(model, tokenizer, data, options.output, results, start)
-    return results
 
 
 # -- the checkpoint and its data ---------------------------------------------------------------------------------------
@@ -204,6 +213,13 @@ def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise DataError(f"--model {name} has a tokenizer with more tokens than the model has embeddings")
     return model.float(), tokenizer
+
+
+def patch(model: PreTrainedModel, options: argparse.Namespace) -> None:
+    try:
+        patch_model(model)
+    except ValueError as error:
+        raise DataError(f"--model {options.model} cannot be patched: {error}") from error
 
 
 def split(tokens: Tensor, model: PreTrainedModel, options: argparse.Namespace) -> Data:
@@ -246,25 +262,37 @@ def affordable(wanted: int, step: float, seconds: float, what: str) -> int:
 # -- training and measuring --------------------------------------------------------------------------------------------
 
 
-def train(model: PreTrainedModel, batches: Tensor, rate: float, seed: int, title: str) -> float:
-    """Train on the batches in their order; returns the median seconds of a step, the first ones left out."""
-    set_seed(seed)
-    model.train()
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=rate, betas=(0.9, 0.95))
-    schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 20, len(batches))
-    seconds = []
-    progress = tqdm(batches, desc=f"{title:<22}", unit="step", mininterval=1.0)
-    for batch in progress:
-        begin = time.perf_counter()
-        loss = model(batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - begin)
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return statistics.median(seconds[min(5, len(seconds) // 2) :])
+def train(arms: dict[str, PreTrainedModel], batches: Tensor, rate: float, seed: int, title: str) -> dict[str, float]:
+    """Train all arms on the batches in their order, with the same dropout; the median seconds of a step of each.
+
+    The arms take turns, so that another program's load slows both. The first steps are not timed.
+    """
+    optimizers = {
+        name: torch.optim.AdamW(parameter_groups(arm), lr=rate, betas=(0.9, 0.95)) for name, arm in arms.items()
+    }
+    schedules = [get_cosine_schedule_with_warmup(o, len(batches) // 20, len(batches)) for o in optimizers.values()]
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    progress = tqdm(batches, desc=title, unit="step", mininterval=1.0)
+    for number, batch in enumerate(progress):
+        losses = {}
+        for name, arm in arms.items():
+            torch.manual_seed(seed + number)
+            begin = time.perf_counter()
+            losses[name] = training_step(arm.train(), optimizers[name], batch)
+            seconds[name].append(time.perf_counter() - begin)
+        for schedule in schedules:
+            schedule.step()
+        progress.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
+    return {name: statistics.median(s[min(5, len(s) // 2) :]) for name, s in seconds.items()}
+
+
+def training_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Tensor) -> float:
+    loss = model(batch, labels=batch).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 def parameter_groups(model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -316,8 +344,8 @@ def print_table(results: dict[str, Any]) -> None:
     for name, values in rows:
         say(f"{name:<{width}}" + "".join(f"{value:>12}" for value in values))
     say(
-        "\nStep time: median over the training steps, one arm after the other, SoftMax on Transformers' own attention."
-        "\nSparsity and multi-modality: relevance threshold and reference probability 1/n, n the keys a query sees; "
+        "\nStep time: median over the training steps, the arms in turn; SoftMax runs on Transformers' own attention."
+        "\nSparsity and multi-modality: relevance threshold and reference probability 1/n, n the keys a query sees;"
         "\nentropy in nats; topk-mass of the 8 most probable keys; means over queries, heads and held-out windows.\n"
     )
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import hf_multimax
+import hf_multimax.backends
 from hf_multimax import MultiMax, backend, multimax_attention
 from hf_multimax.attention import attention_forward
 
@@ -182,11 +183,11 @@ def test_bad_input_is_named(change, error, text):
 
 
 def test_backends_nest_and_unknown_ones_are_refused():
-    before = hf_multimax.attention.current_backend()
+    before = hf_multimax.backends.current_backend()
     with backend("eager"):
         with backend("auto"):
-            assert hf_multimax.attention.current_backend() == "auto"
-        assert hf_multimax.attention.current_backend() == "eager"
+            assert hf_multimax.backends.current_backend() == "auto"
+        assert hf_multimax.backends.current_backend() == "eager"
     with pytest.raises(ValueError, match="nonsense.*eager"), backend("nonsense"):
         pass
-    assert hf_multimax.attention.current_backend() == before
+    assert hf_multimax.backends.current_backend() == before

@@ -49,7 +49,7 @@ def test_the_demo_runs_as_a_user_starts_it(tmp_path):
     assert results["data"] == "pydoc" and results["pretraining_steps"] == results["steps"] == 4
     for line in ("held-out perplexity", "extra parameters", "sparsity, transformer.h.1.attn", "logits equal"):
         assert line in done.stdout
-    assert "pre-training, SoftMax" in done.stderr  # the progress bar
+    assert "pre-training: 100%" in done.stderr and "SoftMax and MultiMax: 100%" in done.stderr  # progress bars
     assert os.listdir(tmp_path) == ["made"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
     assert hf_multimax.is_patched(model)

@@ -17,6 +17,7 @@ from hf_multimax import MultiMaxConfig, multimax_parameters, normalize, patch_mo
 from hf_multimax.annealing import SparsityAnnealing, set_sparsity
 from hf_multimax.normalizers import FunctionNormalizer, build_normalizer, get_normalizer, rowwise
 from hf_multimax.registry import _REGISTRY
+from recipes.max_retrieval import FUNCTIONS, main
 
 # -- the definitions, for one row of unmasked scores in float64 --------------------------------------------------------
 
@@ -269,7 +270,7 @@ def test_permutation(name, options):
 def test_gradient(name, options):
     if name == "rsoftmax":
         pytest.skip("its t is a constant in the backward pass: test_rsoftmax_gradient")
-    x = 0.7 * torch.randn(5, 8, dtype=torch.float64)
+    x = 0.7 * torch.randn(4, 6, dtype=torch.float64)
     mask = random_mask(x)
     x[3, 4] = -math.inf
     assert torch.autograd.gradcheck(
@@ -305,8 +306,8 @@ def test_rsoftmax_gradient_at_full_sparsity_is_zero():
     ],
 )
 def test_gradient_of_learned_option(name, option, values):
-    x = torch.randn(2, 3, 4, 7, dtype=torch.float64, requires_grad=name != "rsoftmax")
-    mask = torch.rand(2, 1, 4, 7) < 0.8
+    x = torch.randn(1, 3, 2, 6, dtype=torch.float64, requires_grad=name != "rsoftmax")
+    mask = torch.rand(1, 1, 2, 6) < 0.8
     value = torch.tensor(values, dtype=torch.float64).view(3, 1, 1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, v: normalize(name, x, mask=mask, **{option: v}), (x, value))
     p = normalize(name, x, mask=mask, **{option: value})
@@ -660,6 +661,15 @@ def test_annealing_needs_fixed_rsoftmax(tmp_path):
     for arguments in ((-0.1, 0.5, 3), (0.1, 1.5, 3), (0.1, 0.5, 0)):
         with pytest.raises(ValueError, match="SparsityAnnealing"):
             SparsityAnnealing(*arguments)
+
+
+def test_max_retrieval_recipe(tmp_path):
+    main(["--tiny", "--no-figure", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {row["function"] for row in rows} == set(FUNCTIONS) and {row["items"] for row in rows} == {16, 64}
+    assert all(0 <= row["accuracy"] <= 1 and 0 < row["weight_of_maximum"] <= 1 for row in rows)
+    assert {fields["normalizer"] for fields in FUNCTIONS.values()} == set(REFERENCES)
+    assert "adaptive_temperature" in (tmp_path / "table.md").read_text()
 
 
 def test_public_names():

@@ -1,0 +1,96 @@
+"""Which implementation of attention runs: the choice of the user, or the fastest that supports the call."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+__all__ = ["NAMES", "backend", "choose_kernel", "current_backend"]
+
+NAMES = ("auto", "eager", "tiled", "native", "triton")
+_KERNELS = {
+    "tiled": "hf_multimax.kernels.tiled",
+    "native": "hf_multimax.kernels.native",
+    "triton": "hf_multimax.kernels.triton_attention",
+}
+#: What "auto" tries on each type of device; "tiled" runs anywhere.
+_PREFERRED = {"cpu": ("native",), "cuda": ("triton",)}
+#: Score matrices up to this many elements cost less whole than in tiles.
+SMALL = 1 << 18
+_backend = "auto"
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the implementation of attention inside a ``with`` block, for the whole process.
+
+    ``"auto"`` (the default) is the fastest that supports each call: ``"triton"`` on CUDA, ``"native"`` (C++, compiled
+    at first use) on a CPU, ``"tiled"`` (PyTorch, memory linear in the length) elsewhere, and ``"eager"`` (the whole
+    score matrix) for small calls and where attention weights are returned. Any other choice is used as it is, and
+    raises ValueError for a call that it does not support. With gradient checkpointing, keep the block around the
+    backward pass too.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    global _backend
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(NAMES)}")
+    previous, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def current_backend() -> str:
+    """The name that the innermost :func:`backend` block chose."""
+    return _backend
+
+
+def choose_kernel(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, ts: Tensor, *, weights: bool = False, **features: object
+) -> ModuleType | None:
+    """The kernel module for a call of MultiMax attention; None for eager.
+
+    Args:
+        weights: whether the attention weights are to be returned, which no kernel ever has.
+        features: the keywords of the kernels' ``attention``.
+
+    Raises:
+        ValueError: if the user chose a backend that does not support the call; the text names the feature.
+    """
+    if _backend == "eager":
+        return None
+    if _backend != "auto":
+        kernel = _kernel(_backend)
+        missing = "returning attention weights" if weights else kernel.unsupported(q, k, v, ranges, ts, **features)
+        if missing:
+            raise ValueError(
+                f"backend({_backend!r}) does not support {missing}: use backend('auto') or backend('eager')"
+            )
+        return kernel
+    if weights:
+        return None
+    for name in _PREFERRED.get(q.device.type, ()):
+        if _is_available(name) and _kernel(name).unsupported(q, k, v, ranges, ts, **features) is None:
+            return _kernel(name)
+    return None if tiles_are_slower(q, k) else _kernel("tiled")
+
+
+def tiles_are_slower(q: Tensor, k: Tensor) -> bool:
+    """Whether the score matrix of a call is so small that it costs less whole than in tiles."""
+    return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= SMALL
+
+
+def _kernel(name: str) -> ModuleType:
+    return importlib.import_module(_KERNELS[name])
+
+
+@torch.compiler.assume_constant_result
+def _is_available(name: str) -> bool:
+    """Whether the backend runs here at all; the first question about "native" compiles it."""
+    return name != "native" or _kernel(name).available()

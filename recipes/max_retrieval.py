@@ -1,0 +1,244 @@
+"""The task of "softmax is not enough" (arXiv:2410.01104): retrieve the maximum of a set, ever larger than in training.
+
+    python -m recipes.max_retrieval [--functions softmax multimax ...] [--seeds 3] [--steps 2000] [--out DIR]
+
+An item has a priority, uniform in [0, 1], and one of ten classes; the class of the item of highest priority is asked
+for. One attention head over the items, between two small networks, is trained on sets of 5 to 16 items and tested on
+up to 16,384: SoftMax must spread its weight over so many. Adaptive temperature acts on the model trained with SoftMax,
+as its authors do; every other function is trained with. Writes ``results.json``, ``table.md`` and, where matplotlib
+is installed, ``figure.png``.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, gelu, one_hot
+
+from hf_multimax import MultiMaxConfig, Normalizer
+from hf_multimax.normalizers import build_normalizer
+
+logger = logging.getLogger(__name__)
+
+CLASSES = 10
+#: label -> fields of MultiMaxConfig
+FUNCTIONS: dict[str, dict[str, Any]] = {
+    "softmax": {"normalizer": "softmax"},
+    "multimax": {"normalizer": "multimax", "init": "paper"},
+    "multimax, order 1": {"normalizer": "multimax", "init": "paper", "order": 1},
+    "sparsemax": {"normalizer": "sparsemax"},
+    "entmax15": {"normalizer": "entmax15"},
+    "entmax, learned alpha": {"normalizer": "entmax", "normalizer_kwargs": {"learn": True}},
+    "fusedmax": {"normalizer": "fusedmax"},
+    "oscarmax": {"normalizer": "oscarmax"},
+    "rsoftmax, 0.5": {"normalizer": "rsoftmax"},
+    "tsoftmax, t 4": {"normalizer": "tsoftmax", "normalizer_kwargs": {"t": 4.0}},
+    "evsoftmax": {"normalizer": "evsoftmax"},
+    "topk_softmax, k 4": {"normalizer": "topk_softmax", "normalizer_kwargs": {"k": 4}},
+    "scalable_softmax": {"normalizer": "scalable_softmax"},
+    "adaptive_temperature": {"normalizer": "adaptive_temperature"},
+}
+#: Functions that act on a model trained with another one.
+ON_TOP_OF = {"adaptive_temperature": "softmax"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run depends on."""
+
+    functions: tuple[str, ...]
+    seeds: int = 3
+    steps: int = 2000
+    batch_size: int = 128
+    width: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-3
+    smallest: int = 5
+    largest: int = 16
+    test_lengths: tuple[int, ...] = tuple(2**k for k in range(4, 15))
+    test_sets: int = 128
+    device: str = "cpu"
+
+
+class Retriever(nn.Module):
+    """Items and a query through a small network each, one attention head, and a network on what it retrieves."""
+
+    def __init__(self, width: int, normalizer: Normalizer) -> None:
+        super().__init__()
+        self.items = nn.ModuleList([nn.Linear(1 + CLASSES, width), nn.Linear(width, width)])
+        self.asker = nn.ModuleList([nn.Linear(1, width), nn.Linear(width, width)])
+        self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.reader = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, CLASSES)])
+        self.normalizer = normalizer
+
+    def forward(self, items: Tensor, question: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Items ``[B, n, 1 + classes]``, question ``[B, 1]`` and mask ``[B, n]`` to logits and weights ``[B, n]``."""
+        hidden = _network(self.items, items)
+        query = self.query(_network(self.asker, question))
+        scores = torch.einsum("bd,bnd->bn", query, self.key(hidden)) * query.shape[-1] ** -0.5
+        weights = self.normalizer(scores, -1, keep)
+        retrieved = torch.einsum("bn,bnd->bd", weights, self.value(hidden))
+        return _network(self.reader, retrieved), weights
+
+
+def _network(layers: nn.ModuleList, x: Tensor) -> Tensor:
+    first, second = layers
+    return second(gelu(first(x)))
+
+
+def draw_sets(sets: int, n: int, generator: torch.Generator, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Items, question, priorities and classes of random sets of ``n`` items."""
+    priority = torch.rand(sets, n, generator=generator)
+    kind = torch.randint(CLASSES, (sets, n), generator=generator)
+    question = torch.rand(sets, 1, generator=generator)
+    items = torch.cat([priority[..., None], one_hot(kind, CLASSES).float()], dim=-1)
+    return items.to(device), question.to(device), priority.to(device), kind.to(device)
+
+
+def train(label: str, seed: int, settings: Settings) -> Retriever:
+    """A model trained with the function ``label`` on sets of the training sizes."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = Retriever(settings.width, _normalizer(label)).to(settings.device).train()
+    own = list(model.normalizer.parameters())
+    rest = [p for p in model.parameters() if not any(p is q for q in own)]
+    groups = [{"params": rest}, {"params": own, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    for step in range(settings.steps):
+        items, question, priority, kind = draw_sets(settings.batch_size, settings.largest, generator, settings.device)
+        sizes = torch.randint(settings.smallest, settings.largest + 1, (settings.batch_size, 1), generator=generator)
+        keep = torch.arange(settings.largest, device=settings.device) < sizes.to(settings.device)
+        logits, _ = model(items, question, keep)
+        loss = cross_entropy(logits, _answer(priority, kind, keep))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 500 == 0:
+            logger.info("%s, seed %d, step %d: loss %.3f", label, seed, step, loss.item())
+    return model
+
+
+@torch.no_grad()
+def evaluate(model: Retriever, n: int, settings: Settings) -> dict[str, float]:
+    """Accuracy, the weight of the maximum and of the largest weight, and exact zeros, on sets of ``n`` items."""
+    model.eval()
+    generator = torch.Generator().manual_seed(10_000 + n)
+    sums: dict[str, float] = {}
+    left = settings.test_sets
+    while left > 0:
+        sets = min(left, max(1, 2**16 // n))
+        items, question, priority, kind = draw_sets(sets, n, generator, settings.device)
+        keep = torch.ones_like(priority, dtype=torch.bool)
+        logits, weights = model(items, question, keep)
+        batch = {
+            "accuracy": (logits.argmax(-1) == _answer(priority, kind, keep)).double().sum(),
+            "weight_of_maximum": weights.gather(1, priority.argmax(-1, keepdim=True)).double().sum(),
+            "largest_weight": weights.amax(-1).double().sum(),
+            "zeros": (weights == 0).double().mean(-1).sum(),
+        }
+        sums = {name: sums.get(name, 0.0) + value.item() for name, value in batch.items()}
+        left -= sets
+    return {name: value / settings.test_sets for name, value in sums.items()}
+
+
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """Every function, seed and length; one row each."""
+    rows = []
+    for seed in range(settings.seeds):
+        trained: dict[str, Retriever] = {}
+        for label in settings.functions:
+            base = ON_TOP_OF.get(label, label)
+            if base not in trained:
+                trained[base] = train(base, seed, settings)
+            model, normalizer = trained[base], trained[base].normalizer
+            if base != label:
+                model.normalizer = _normalizer(label).to(settings.device)
+            for n in settings.test_lengths:
+                rows.append({"function": label, "seed": seed, "items": n, **evaluate(model, n, settings)})
+            model.normalizer = normalizer
+            last = rows[-1]
+            logger.info("%s, seed %d: accuracy %.3f at %d items", label, seed, last["accuracy"], last["items"])
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]], measure: str) -> str:
+    """A Markdown table of one measure, mean and standard deviation over the seeds: functions down, lengths across."""
+    lengths = sorted({row["items"] for row in rows})
+    lines = [f"| {measure} | " + " | ".join(map(str, lengths)) + " |", "|" + " --- |" * (len(lengths) + 1)]
+    for label in dict.fromkeys(row["function"] for row in rows):
+        cells = []
+        for n in lengths:
+            values = [row[measure] for row in rows if row["function"] == label and row["items"] == n]
+            cells.append(f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else ""))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path, largest: int) -> None:
+    """Accuracy and the weight of the maximum against the number of items; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    labels = list(dict.fromkeys(row["function"] for row in rows))
+    lengths = sorted({row["items"] for row in rows})
+    for axis, measure in zip(axes, ("accuracy", "weight_of_maximum")):
+        for i, label in enumerate(labels):
+            own = [row for row in rows if row["function"] == label]
+            means = [mean(row[measure] for row in own if row["items"] == n) for n in lengths]
+            axis.plot(lengths, means, label=label, linestyle=("-", "--")[i // 10 % 2], color=f"C{i % 10}")
+        axis.axvline(largest, color="grey", linewidth=0.8, linestyle=":")
+        axis.set(xscale="log", xlabel="items in the set", ylabel=measure.replace("_", " "), ylim=(-0.02, 1.02))
+        axis.set_xscale("log", base=2)
+    axes[0].annotate("training sizes end", (largest, 0.0), fontsize=8, color="grey")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--functions", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=Settings.seeds)
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--device", default=Settings.device)
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; the model is small")
+    parser.add_argument("--out", type=Path, default=Path("runs/max_retrieval"))
+    parser.add_argument("--tiny", action="store_true", help="a few steps and short sets, to see that everything runs")
+    parser.add_argument("--no-figure", dest="figure", action="store_false")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    settings = Settings(tuple(options.functions), options.seeds, options.steps, device=options.device)
+    if options.tiny:
+        settings = Settings(settings.functions, 1, 5, 8, 16, test_lengths=(16, 64), test_sets=4, device=options.device)
+    rows = run(settings)
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = {"settings": asdict(settings), "rows": rows}
+    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    tables = "\n\n".join(table(rows, measure) for measure in ("accuracy", "weight_of_maximum", "zeros"))
+    (options.out / "table.md").write_text(tables + "\n", encoding="utf-8")
+    print(tables)
+    if options.figure and find_spec("matplotlib"):
+        plot(rows, options.out / "figure.png", settings.largest)
+    return rows
+
+
+def _normalizer(label: str) -> Normalizer:
+    return build_normalizer(MultiMaxConfig(**FUNCTIONS[label]), None)
+
+
+def _answer(priority: Tensor, kind: Tensor, keep: Tensor) -> Tensor:
+    """The class of the item of highest priority."""
+    return kind.gather(1, priority.masked_fill(~keep, -1.0).argmax(-1, keepdim=True)).squeeze(1)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()
