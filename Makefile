@@ -9,7 +9,7 @@ OLDEST = .venv-oldest
 
 ## The main job on real text. MODEL=<path or Hub id> starts from that checkpoint, DATA=<file, folder, web or Hub id>.
 demo: $(NEWEST)/.installed
-	$(NEWEST)/bin/python -m recipes.demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(NEWEST)/bin/python -m recipes.demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 ## The tests, with the newest and with the oldest supported transformers.
 test: test-newest test-oldest

@@ -1,23 +1,20 @@
 """Which implementation of attention runs: the choice of the user, or the fastest that supports the call."""
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from hf_multimax.kernels import native, tiled, triton_attention
+
 __all__ = ["NAMES", "backend", "choose_kernel", "current_backend"]
 
 NAMES = ("auto", "eager", "tiled", "native", "triton")
-_KERNELS = {
-    "tiled": "hf_multimax.kernels.tiled",
-    "native": "hf_multimax.kernels.native",
-    "triton": "hf_multimax.kernels.triton_attention",
-}
-#: What "auto" tries on each type of device; "tiled" runs anywhere.
-_PREFERRED = {"cpu": ("native",), "cuda": ("triton",)}
+_KERNELS = {"tiled": tiled, "native": native, "triton": triton_attention}
+#: What "auto" tries first on each type of device; "tiled" runs anywhere.
+_PREFERRED = {"cpu": native, "cuda": triton_attention}
 #: Score matrices up to this many elements cost less whole than in tiles.
 SMALL = 1 << 18
 _backend = "auto"
@@ -66,7 +63,7 @@ def choose_kernel(
     if _backend == "eager":
         return None
     if _backend != "auto":
-        kernel = _kernel(_backend)
+        kernel = _KERNELS[_backend]
         missing = "returning attention weights" if weights else kernel.unsupported(q, k, v, ranges, ts, **features)
         if missing:
             raise ValueError(
@@ -75,10 +72,11 @@ def choose_kernel(
         return kernel
     if weights:
         return None
-    for name in _PREFERRED.get(q.device.type, ()):
-        if _is_available(name) and _kernel(name).unsupported(q, k, v, ranges, ts, **features) is None:
-            return _kernel(name)
-    return None if tiles_are_slower(q, k) else _kernel("tiled")
+    kernel = _PREFERRED.get(q.device.type)
+    runs_here = kernel is not None and (kernel is not native or _native_is_available())
+    if runs_here and kernel.unsupported(q, k, v, ranges, ts, **features) is None:
+        return kernel
+    return None if tiles_are_slower(q, k) else tiled
 
 
 def tiles_are_slower(q: Tensor, k: Tensor) -> bool:
@@ -86,11 +84,7 @@ def tiles_are_slower(q: Tensor, k: Tensor) -> bool:
     return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= SMALL
 
 
-def _kernel(name: str) -> ModuleType:
-    return importlib.import_module(_KERNELS[name])
-
-
 @torch.compiler.assume_constant_result
-def _is_available(name: str) -> bool:
-    """Whether the backend runs here at all; the first question about "native" compiles it."""
-    return name != "native" or _kernel(name).available()
+def _native_is_available() -> bool:
+    """Whether the C++ backend runs here; the first question compiles it."""
+    return native.available()

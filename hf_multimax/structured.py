@@ -111,14 +111,15 @@ def _fuse(y: Tensor, lam: float, lengths: Tensor | None) -> tuple[Tensor, Tensor
         start, end = _bounds(cut)
         before, after = dual.gather(1, start), dual.gather(1, end + 1)
         mu = (sums.gather(1, end + 1) - sums.gather(1, start) + after - before) / (end + 1 - start)
-        values[left], first[left] = mu, start
         above = _above(mu - y, cut, before, after, lam)
         step = above[:, 1:].to(y.dtype) - above[:, :-1].to(y.dtype)
         new = (step != 0) & ~cut[:, 1:-1]
         dual[:, 1:-1] = torch.where(new, lam * step, dual[:, 1:-1])
         cut[:, 1:-1] |= new
         more = new.any(-1)
-        left, y, cut, dual, sums = left[more], y[more], cut[more], dual[more], sums[more]
+        if 2 * int(more.sum()) < len(left):  # rows that are done are carried along until it pays to leave them out
+            values[left], first[left] = mu, start
+            left, y, cut, dual, sums = left[more], y[more], cut[more], dual[more], sums[more]
     return values, first
 
 

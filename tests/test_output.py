@@ -87,7 +87,8 @@ def test_marians_bias_is_added_before_sigma():
     for twin in (model, plain):
         twin.final_logits_bias.copy_(bias)
     expected = model.multimax_output.modulate(plain(**batch).logits)
-    assert torch.equal(model(**batch).logits, expected)
+    with backend("eager"):
+        assert torch.equal(model(**batch).logits, expected)
 
 
 def test_soft_capped_logits_are_modulated_after_the_cap():

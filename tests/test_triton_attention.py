@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_multimax.kernels import triton_attention
 from hf_multimax.kernels.triton_attention import attention, unsupported, varlen_attention
 from tests.attention_cases import Case, check, reference, run
 from tests.tolerances import RELATIVE, assert_none_worse, relative_error
@@ -401,7 +400,3 @@ def test_packed_mistakes_are_named():
     with pytest.raises(ValueError, match="cu_seqlens_q and cu_seqlens_k must both"):
         varlen_attention(q, q, q, scalars, scalars, cu, cu[:1], 5, 5)
     assert varlen_attention(q, q, q, scalars, scalars, cu, cu, 5, 5).shape == (5, 4, 16)
-
-
-def test_public_names():
-    assert triton_attention.__all__ == ["attention", "varlen_attention", "unsupported"]
