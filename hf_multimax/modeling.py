@@ -126,7 +126,10 @@ class MultiMaxMixin:
     stock_class: ClassVar[type[PreTrainedModel]]
     model_tags = ["multimax"]
     _keep_in_fp32_modules_strict: ClassVar[set[str]]
-    _output_loss_verified = False
+    #: Compute the loss of an output-modulated model, in training, without its logits; set it to False to have them.
+    fused_output_loss = True
+    _output_loss_checked = False
+    _output_is_fusible: bool | None = None
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         if "multimax" not in getattr(config, "__dict__", {}):
@@ -273,7 +276,8 @@ def detach(model: PreTrainedModel) -> None:
         config._attn_implementation_internal = implementation
     del model._stock_implementations
     model._keep_in_fp32_modules_strict = model._keep_in_fp32_modules_strict - {"multimax", "multimax_output"}
-    model.__dict__.pop("_output_loss_verified", None)
+    for name in ("fused_output_loss", "_output_loss_checked", "_output_is_fusible"):
+        model.__dict__.pop(name, None)
     model.__class__ = model.stock_class
 
 

@@ -4,6 +4,9 @@ All act along one dimension and return probabilities: masked entries are removed
 exactly 0, a row that keeps nothing is all 0, float64 stays float64 and other types are computed in float32. Gradients
 are exact. ``normalize(name, x, ...)`` calls them; ``patch_model(model, normalizer=name)`` puts them into a model.
 
+Under ``torch.compile`` the entmax family, fusedmax and oscarmax break the graph: they search until every row is solved,
+or come from the ``entmax`` package.
+
 In a patched model, ``entmax`` and ``rsoftmax`` learn their option with ``normalizer_kwargs={"learn": True}``, and
 ``scalable_softmax`` always does. The parameter has the option's name and is unconstrained; see
 :class:`hf_multimax.registry.FunctionNormalizer`.
@@ -210,6 +213,10 @@ def _expm1_minus_u_over(u: Tensor) -> Tensor:
 
 
 # -- structured sparsity -----------------------------------------------------------------------------------------------
+
+
+# What these fuse shares one gradient: scores that lie within reach of lam (or beta) of each other from the start get no
+# gradient that could part them. Under a mask with holes, or in a cache, what counts is the order of what is kept.
 
 
 @rowwise

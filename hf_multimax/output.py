@@ -1,5 +1,6 @@
 """Modulating a model's output logits, and the loss of the modulated logits."""
 
+import contextlib
 import inspect
 import typing
 from typing import Any
@@ -12,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from hf_multimax.discovery import code_names
 from hf_multimax.functional import compute_dtype
+from hf_multimax.fused_output import FusedLoss, captured_input, fused_loss
 
 __all__ = ["check_output_supported", "modulated_forward"]
 
@@ -43,36 +45,61 @@ def check_output_supported(model: PreTrainedModel, stock_class: type[PreTrainedM
 def modulated_forward(
     model: PreTrainedModel, stock_class: type[PreTrainedModel], *args: Any, **kwargs: Any
 ) -> ModelOutput | tuple[Any, ...]:
-    """``stock_class.forward`` with its logits modulated, after every additive bias, and the loss of those logits."""
-    signature = inspect.signature(stock_class.forward)
-    bound = signature.bind(model, *args, **kwargs)
-    arguments, rest = dict(bound.arguments), {}
-    arguments.pop(next(iter(signature.parameters)))
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            rest = arguments.pop(parameter.name, {})
-    arguments.update(rest)
+    """``stock_class.forward`` with its logits modulated, after every additive bias, and the loss of those logits.
+
+    In training, with labels, the loss comes without the logits where the model's head allows it: ``logits`` is None.
+    """
+    arguments, rest = _named_arguments(model, stock_class, args, kwargs)
     labels = arguments.get("labels")
     return_dict = arguments.pop("return_dict", None)
     if return_dict is None:
         return_dict = getattr(model.config, "return_dict", True)
-    verify = labels is not None and not model._output_loss_verified and not torch.compiler.is_compiling()
-    if labels is not None and not verify:
+    fused = None if labels is None else _fused_loss(model, stock_class)
+    unsure = not model._output_loss_checked or (fused is not None and model._output_is_fusible is None)
+    check = labels is not None and unsure and not torch.compiler.is_compiling()
+    if labels is not None and not check:
         arguments = _without_labels(model, arguments)
 
-    outputs = stock_class.forward(model, **arguments, return_dict=True)
-    if verify:
-        _verify_loss(model, stock_class, outputs, labels, rest)
-        model._output_loss_verified = True
+    with captured_input(fused.head, shorten=not check) if fused else contextlib.nullcontext() as hidden:
+        outputs = stock_class.forward(model, **arguments, return_dict=True)
+    if check:
+        _check_loss(model, stock_class, outputs, labels, rest)
+        model._output_loss_checked = True
+        if fused is not None:
+            model._output_is_fusible = fused.makes(outputs.logits, hidden)
     if labels is not None and getattr(outputs, "aux_loss", None) is not None:
         raise ValueError("output=True does not support auxiliary losses: set config.output_router_logits to False")
 
-    logits = outputs.logits
-    # The loss sees the modulated logits before they are rounded to the model's type.
-    modulated = model.multimax_output.modulate(logits.to(compute_dtype(logits.dtype)))
-    loss = None if labels is None else _loss(model, stock_class, modulated, labels, rest)
-    outputs = type(outputs)(**{**outputs, "logits": modulated.to(logits.dtype), "loss": loss})
+    if fused is not None and model._output_is_fusible:
+        logits, loss = None, fused(hidden[0], labels, rest)
+    else:
+        # The loss sees the modulated logits before they are rounded to the model's type.
+        modulated = model.multimax_output.modulate(outputs.logits.to(compute_dtype(outputs.logits.dtype)))
+        loss = None if labels is None else _loss(model, stock_class, modulated, labels, rest)
+        logits = modulated.to(outputs.logits.dtype)
+    outputs = type(outputs)(**{**outputs, "logits": logits, "loss": loss})
     return outputs if return_dict else outputs.to_tuple()
+
+
+def _named_arguments(
+    model: PreTrainedModel, stock_class: type[PreTrainedModel], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A call of ``forward`` by name, and those of its arguments that the signature does not list."""
+    signature = inspect.signature(stock_class.forward)
+    arguments, rest = dict(signature.bind(model, *args, **kwargs).arguments), {}
+    arguments.pop(next(iter(signature.parameters)))
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            rest = arguments.pop(parameter.name, {})
+    return {**arguments, **rest}, rest
+
+
+def _fused_loss(model: PreTrainedModel, stock_class: type[PreTrainedModel]) -> FusedLoss | None:
+    """The fused loss, in training and where nothing speaks against it."""
+    training = model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not (training and model.fused_output_loss) or model._output_is_fusible is False:
+        return None
+    return fused_loss(model, stock_class)
 
 
 def _without_labels(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +133,7 @@ def _loss(
     return cross_entropy(*flat, reduction="sum") / (items.to(logits.device) if torch.is_tensor(items) else items)
 
 
-def _verify_loss(
+def _check_loss(
     model: PreTrainedModel,
     stock_class: type[PreTrainedModel],
     outputs: ModelOutput,

@@ -90,7 +90,9 @@ def test_dropout_drops_and_rescales_weights():
     v = torch.ones_like(v)
     ranges, ts = (p.detach().float() for p in scalars())
     with backend("eager"):
-        out = multimax_attention(q.repeat(50, 1, 1, 1), k.repeat(50, 1, 1, 1), v.repeat(50, 1, 1, 1), ranges, ts, dropout_p=0.4)
+        out = multimax_attention(
+            q.repeat(50, 1, 1, 1), k.repeat(50, 1, 1, 1), v.repeat(50, 1, 1, 1), ranges, ts, dropout_p=0.4
+        )
     assert out.std() > 0.1
     assert out.mean().item() == pytest.approx(1.0, abs=0.1)
 
@@ -111,7 +113,12 @@ def layer_reference(layer, q, k, v, **options):
 
 def test_without_a_mask_a_causal_layer_is_causal():
     q, k, v = qkv(queries=7)
-    for causal, override, expected in ((True, None, True), (False, None, False), (True, False, False), (False, True, True)):
+    for causal, override, expected in (
+        (True, None, True),
+        (False, None, False),
+        (True, False, False),
+        (False, True, True),
+    ):
         layer = Layer(causal)
         out, _ = attention_forward(layer, q, k, v, None, is_causal=override)
         keep = torch.ones(7, 7, dtype=torch.bool).tril() if expected else None

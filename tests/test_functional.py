@@ -22,7 +22,9 @@ def test_sigma_is_its_definition(order, heads, affine):
     x = torch.randn(2, 3, 4, 5, dtype=F64)
     ranges, ts = parameters(order, heads)
     pair = (torch.tensor(1.3, dtype=F64), torch.tensor([0.1, -0.2, 0.3], dtype=F64)) if affine else None
-    torch.testing.assert_close(modulate(x, ranges, ts, pair), reference.sigma(x, ranges, ts, pair), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        modulate(x, ranges, ts, pair), reference.sigma(x, ranges, ts, pair), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

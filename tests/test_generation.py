@@ -36,7 +36,13 @@ def test_caches_do_not_change_what_is_generated(name, how, output):
     for cache in ({"use_cache": False}, {"cache_implementation": "dynamic"}, {"cache_implementation": "static"}):
         torch.manual_seed(3)
         generated = model.generate(
-            **batch, **how, **cache, max_new_tokens=8, output_logits=True, return_dict_in_generate=True, disable_compile=True
+            **batch,
+            **how,
+            **cache,
+            max_new_tokens=8,
+            output_logits=True,
+            return_dict_in_generate=True,
+            disable_compile=True,
         )
         results.append((generated.sequences, torch.stack(generated.logits)))
     for sequences, logits in results[1:]:

@@ -47,7 +47,9 @@ def test_the_module_is_the_function():
     assert torch.equal(module(x, mask=keep), multimax(x, module.ranges, module.ts, mask=keep))
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.double(), lambda m: m.to("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.double(), lambda m: m.to("cpu", torch.bfloat16)]
+)
 def test_the_scalars_stay_float32_and_unrounded(cast):
     module = MultiMax(init="paper")
     before = {name: value.clone() for name, value in module.state_dict().items()}

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -442,7 +443,7 @@ def test_mistakes_of_type():
     "architecture",
     [
         "GPT2LMHeadModel",
-        pytest.param("ViTForImageClassification", marks=pytest.mark.slow),
+        "ViTForImageClassification",
         pytest.param("T5ForConditionalGeneration", marks=pytest.mark.slow),
         pytest.param("MarianMTModel", marks=pytest.mark.slow),
     ],
@@ -555,6 +556,14 @@ def test_learned_parameters(patch, tmp_path):
     assert all(p.dtype == torch.float32 for p in multimax_parameters(copy.deepcopy(model).bfloat16()).values())
     model.bfloat16()
     assert model(**inputs_for(model)).loss.isfinite()
+
+
+def test_modules_can_be_copied_and_pickled():
+    x = torch.randn(2, 4, 3, 5)
+    for patch in PATCHES.values():
+        normalizer = build_normalizer(MultiMaxConfig(**patch), 4 if patch.get("per_head") else None)
+        for other in (copy.deepcopy(normalizer), pickle.loads(pickle.dumps(normalizer))):
+            assert torch.equal(other(x), normalizer(x)) and repr(other) == repr(normalizer)
 
 
 def test_learned_entmax_survives_saturation():

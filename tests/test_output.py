@@ -5,6 +5,7 @@ import reference
 import torch
 import transformers
 from models import ALL, inputs_for, make
+from tolerances import relative_error
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -198,3 +199,94 @@ def test_only_the_output():
     batch = inputs_for(stock)
     assert torch.equal(model(**batch).logits, stock(**batch).logits)
     assert model.config._attn_implementation == "eager"
+
+
+# -- the fused loss ----------------------------------------------------------------------------------------------------
+
+FUSED = (
+    "GPT2LMHeadModel",
+    "T5ForConditionalGeneration",
+    "MT5ForConditionalGeneration",
+    "MarianMTModel",
+    "MarianForCausalLM",
+)
+
+
+def losses_and_gradients(model, batch, fused):
+    model.fused_output_loss = fused
+    results = []
+    for _ in range(2):
+        model.zero_grad()
+        outputs = model(**batch)
+        outputs.loss.backward()
+        results.append((outputs, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    return results
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": True}], ids=str)
+@pytest.mark.parametrize("items", [None, 9])
+@pytest.mark.parametrize("name", FUSED)
+def test_in_training_the_loss_comes_without_logits(name, items, options):
+    model = stir(patch_model(make(name), output=True, **options)).train()
+    batch = {**inputs_for(model), **({} if items is None else {"num_items_in_batch": items})}
+    (plain, expected), _ = losses_and_gradients(model, batch, fused=False)
+    assert plain.logits is not None
+    for outputs, gradients in losses_and_gradients(model, batch, fused=True):
+        assert outputs.logits is None
+        torch.testing.assert_close(outputs.loss, plain.loss, rtol=1e-5, atol=1e-6)
+        assert gradients.keys() == expected.keys()
+        for key, value in expected.items():
+            assert relative_error(gradients[key], value) < 1e-3, key
+    with torch.no_grad():
+        assert model(**batch).logits is not None
+    assert model.eval()(**batch).logits is not None
+    if name == "GPT2LMHeadModel":
+        del batch["labels"]
+        assert model.train()(**batch).logits is not None
+
+
+def test_the_fused_loss_includes_marians_bias_and_a_soft_cap():
+    marian = stir(patch_model(make("MarianMTModel"), output=True)).train()
+    marian.final_logits_bias.copy_(torch.randn_like(marian.final_logits_bias))
+    config = transformers.Gemma2Config(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+        query_pre_attn_scalar=8,
+    )
+    gemma = stir(patch_model(transformers.Gemma2ForCausalLM(config), output=True)).train()
+    ids = torch.arange(3, 12)[None]
+    for model, batch in ((marian, inputs_for(marian)), (gemma, {"input_ids": ids, "labels": ids})):
+        (plain, _), _ = losses_and_gradients(model, batch, fused=False)
+        for outputs, _ in losses_and_gradients(model, batch, fused=True):
+            assert outputs.logits is None
+            torch.testing.assert_close(outputs.loss, plain.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_is_not_all_that_makes_the_logits_is_not_fused():
+    class Scaled(transformers.GPT2LMHeadModel):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            outputs = self.transformer(input_ids)
+            logits = 0.5 * self.lm_head(outputs[0])
+            loss = None if labels is None else cross_entropy(logits.flatten(0, 1), labels.flatten())
+            return transformers.modeling_outputs.CausalLMOutputWithCrossAttentions(loss=loss, logits=logits)
+
+    model = stir(patch_model(Scaled(make("GPT2LMHeadModel").config), output=True)).train()
+    ids = torch.arange(3, 12)[None]
+    for _ in range(2):
+        outputs = model(ids, labels=ids)
+        assert outputs.logits is not None
+        torch.testing.assert_close(outputs.loss, cross_entropy(outputs.logits[0], ids[0]))
+
+
+def test_an_adapted_head_is_not_fused():
+    from peft import LoraConfig, get_peft_model
+
+    model = patch_model(make("GPT2LMHeadModel"), output=True)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["lm_head"])).train()
+    assert adapted(**inputs_for(model)).logits is not None

@@ -311,7 +311,9 @@ def test_freeze_base():
     model = freeze_base(patch_model(make("GPT2LMHeadModel")))
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(multimax_parameters(model))
     model(**inputs_for(model)).loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in multimax_parameters(model).items() if "ts" in n)
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for n, p in multimax_parameters(model).items() if "ts" in n
+    )
     assert model.transformer.wte.weight.grad is None
     with pytest.raises(ValueError, match="patch_model"):
         freeze_base(make("GPT2LMHeadModel"))

@@ -298,8 +298,13 @@ def test_a_missing_key_is_named(tmp_path):
 
 def test_a_renamed_key_is_named(tmp_path):
     patched().save_pretrained(tmp_path)
-    edit_weights(tmp_path, lambda weights: {k.replace("h.1.attn.multimax.ts", "h.1.attn.multimax.tt"): v for k, v in weights.items()})
-    with pytest.raises(ValueError, match=r"missing: \S*h\.1\.attn\.multimax\.ts; unexpected: \S*h\.1\.attn\.multimax\.tt"):
+    edit_weights(
+        tmp_path,
+        lambda weights: {k.replace("h.1.attn.multimax.ts", "h.1.attn.multimax.tt"): v for k, v in weights.items()},
+    )
+    with pytest.raises(
+        ValueError, match=r"missing: \S*h\.1\.attn\.multimax\.ts; unexpected: \S*h\.1\.attn\.multimax\.tt"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
