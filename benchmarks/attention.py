@@ -2,8 +2,10 @@
 
 Every backend of MultiMax attention, the authors' formula in plain PyTorch, ``torch.compile`` of it and FlexAttention
 (forward only: it cannot train the scalars) are timed against ``scaled_dot_product_attention`` with SoftMax, in turn in
-one process; on CUDA 1.5-entmax (adasplash) as well where it is installed. Peak extra memory is measured for one forward
-and backward pass, on a CPU in a process of its own for each. Writes benchmarks/results/attention-<device>.json.
+one process; on CUDA 1.5-entmax (adasplash) as well where it is installed. The slow ones, which would flush the caches
+and use up the time of the others, have rounds of their own and only some rows. Peak extra memory is measured for one
+forward and backward pass, on a CPU in a process of its own for each. Writes benchmarks/results/attention-<device>.json
+after every row. The default takes some minutes; ``--full`` adds lengths to 16k and head dimension 128.
 """
 
 import argparse
@@ -20,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import ROOT, paired_timing, peak_extra_bytes, table, write_results
+from benchmarks.common import ROOT, Timing, load, paired_timing, peak_extra_bytes, table, write_results
 
 REFERENCE = "sdpa"
 BACKENDS = {"cpu": ("native", "tiled"), "cuda": ("triton", "tiled")}
 MODULES = {"native": "native", "tiled": "tiled", "triton": "triton_attention"}
-#: the plain formula holds several [queries, keys] matrices: not beyond this many scores
-PLAIN_SCORES = {"cpu": 1 << 25, "cuda": 1 << 30}
+#: the plain formula holds several [queries, keys] matrices: on CUDA not beyond this many scores
+PLAIN_SCORES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Shape:
     causal: bool = False
     dtype: str = "float32"
     training: bool = True
-    compilers: bool = False  # also torch.compile and FlexAttention, which take a minute per row to compile
+    unfused: bool = False  # also the plain formula, which takes 10 to 30 times as long as the others on a CPU
+    compilers: bool = False  # also torch.compile and FlexAttention, which take up to a minute per row to compile
 
     def __str__(self) -> str:
         length = str(self.keys) if self.queries == self.keys else f"{self.queries} of {self.keys}"
@@ -60,18 +63,19 @@ def shapes(device: str, full: bool) -> list[Shape]:
     if device == "cuda":
         lengths = (64, 512, 2048, 4096, 16384) if full else (512, 2048, 8192)
         square = [
-            Shape(max(1, 16384 // n), 16, n, n, dim, causal, "bfloat16", compilers=n == 2048)
+            Shape(max(1, 16384 // n), 16, n, n, dim, causal, "bfloat16", unfused=True, compilers=n == 2048)
             for dim in (64, 128)
             for n in lengths
             for causal in (False, True)
         ]
         return [*square, *(Shape(16, 16, 1, n, 128, False, "bfloat16", False) for n in (2048, 32768))]
     found = [
-        *(Shape(2, 8, 1024, 1024, causal=causal, compilers=True) for causal in (False, True)),
+        Shape(2, 8, 1024, 1024, unfused=True, compilers=True),
+        Shape(2, 8, 1024, 1024, causal=True, unfused=True, compilers=full),
         *(Shape(2, 8, 2048, 2048, causal=causal) for causal in (False, True)),
         *(Shape(2, 8, 1024, 1024, causal=causal, dtype="bfloat16") for causal in (False, True)),
-        Shape(4, 12, 197, 197),
-        Shape(4, 8, 64, 64),
+        Shape(4, 12, 197, 197, unfused=True),
+        Shape(4, 8, 64, 64, unfused=True),
         Shape(1, 1, 2048, 2048),
         *(Shape(1, 8, 1, n, training=False) for n in (2048, 32768)),
     ]
@@ -84,7 +88,8 @@ def shapes(device: str, full: bool) -> list[Shape]:
 def memory_shapes(device: str, full: bool) -> list[Shape]:
     """What peak extra memory is measured at."""
     dtype = "bfloat16" if device == "cuda" else "float32"
-    return [Shape(1, 8, n, n, dtype=dtype) for n in ((1024, 2048, 4096, 8192) if full else (2048, 4096))]
+    lengths = (1024, 2048, 4096, 8192) if full else (2048, 4096)
+    return [Shape(1, 8, n, n, dtype=dtype, unfused=full or n == 2048) for n in lengths]
 
 
 def scalars(device: str) -> tuple[Tensor, Tensor]:
@@ -110,22 +115,28 @@ def plain(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, ts: Tensor, causal: b
     return x.softmax(-1).to(v.dtype) @ v
 
 
-def candidates(shape: Shape, device: str, training: bool) -> dict[str, Callable[..., Tensor]]:
-    """name -> function of (q, k, v, ranges, ts) for everything that can run this shape."""
+def fused(shape: Shape, device: str) -> dict[str, Callable[..., Tensor]]:
+    """name -> function of (q, k, v, ranges, ts): SoftMax, our backends, and other people's kernels."""
     found: dict[str, Callable[..., Tensor]] = {REFERENCE: _sdpa(shape)}
     for name in BACKENDS[device]:
         found[name] = _backend(name, shape)
-    if shape.batch * shape.heads * shape.queries * shape.keys <= PLAIN_SCORES[device]:
+    if device == "cuda" and importlib.util.find_spec("adasplash") and shape.queries == shape.keys:
+        adasplash = importlib.import_module("adasplash").adasplash
+        found["entmax15"] = lambda q, k, v, ranges, ts: adasplash(q, k, v, alpha=1.5, is_causal=shape.causal)
+    return found
+
+
+def unfused(shape: Shape, device: str, training: bool) -> dict[str, Callable[..., Tensor]]:
+    """name -> function for what MultiMax costs without this package; empty where the shape asks for none."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    if shape.unfused and (device == "cpu" or shape.batch * shape.heads * shape.queries * shape.keys <= PLAIN_SCORES):
         found["plain"] = lambda *x: plain(*x, causal=shape.causal)
         if shape.compilers:
             compiled = torch.compile(plain)
             found["compile"] = lambda *x: compiled(*x, causal=shape.causal)
     if shape.compilers and not training:
         found["flex"] = _flex(shape, device)
-    if device == "cuda" and importlib.util.find_spec("adasplash") and shape.queries == shape.keys:
-        adasplash = importlib.import_module("adasplash").adasplash
-        found["entmax15"] = lambda q, k, v, ranges, ts: adasplash(q, k, v, alpha=1.5, is_causal=shape.causal)
-    return found
+    return {REFERENCE: _sdpa(shape), **found} if found else {}
 
 
 def _sdpa(shape: Shape) -> Callable[..., Tensor]:
@@ -172,15 +183,25 @@ def measure(shape: Shape, device: str, budget_s: float) -> dict[str, object]:
     notes: dict[str, str] = {}
     for phase in ("forward", "training") if shape.training else ("forward",):
         torch.compiler.reset()
-        made = candidates(shape, device, phase == "training")
         make = _training_step if phase == "training" else _inference
-        functions = runnable({name: make(function, tensors) for name, function in made.items()}, notes)
-        times = paired_timing(functions, device=device, budget_s=budget_s)
+        for slow in (False, True):
+            made = unfused(shape, device, phase == "training") if slow else fused(shape, device)
+            functions = runnable({name: make(function, tensors) for name, function in made.items()}, notes)
+            if not functions:
+                continue
+            rounds = {"min_rounds": 3, "max_rounds": 20, "warmup": 0} if slow else {"min_rounds": 5, "warmup": 1}
+            times = paired_timing(functions, device=device, budget_s=budget_s, **rounds)
+            _enter(row, phase, times, first=not slow)
+    return {**row, "load": load(), "not run": notes}
+
+
+def _enter(row: dict[str, object], phase: str, times: dict[str, Timing], first: bool) -> None:
+    """Write the reference's milliseconds (once) and the others' ratios to it into the row."""
+    if first:
         row[f"{phase} {REFERENCE} ms"] = times[REFERENCE].median * 1e3
-        for name in functions:
-            if name != REFERENCE:
-                row[f"{phase} {name}"] = times[name].ratio(times[REFERENCE])
-    return {**row, "not run": notes}
+    for name, timing in times.items():
+        if name != REFERENCE:
+            row[f"{phase} {name}"] = timing.ratio(times[REFERENCE])
 
 
 def _inference(function: Callable[..., Tensor], tensors: Iterable[Tensor]) -> Callable[[], object]:
@@ -225,7 +246,7 @@ def plain_or_backend(name: str, shape: Shape) -> Callable[..., Tensor]:
 def measure_memory(shape: Shape, device: str) -> dict[str, object]:
     """One row of the memory table."""
     row: dict[str, object] = {"shape": str(shape)}
-    for name in (REFERENCE, *BACKENDS[device], "plain"):
+    for name in (REFERENCE, *BACKENDS[device], *(("plain",) if shape.unfused else ())):
         if device == "cpu":
             arguments = json.dumps({"shape": asdict(shape), "name": name})
             command = [sys.executable, "-m", "benchmarks.attention", "--memory-of", arguments]
@@ -242,22 +263,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="more lengths and head dimensions")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds of rounds per table cell group")
+    parser.add_argument("--budget", type=float, default=3.0, help="seconds of rounds per group of cells")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
         wanted = json.loads(arguments.memory_of)
         print(json.dumps(peak_memory(Shape(**wanted["shape"]), "cpu", wanted["name"])))
         return
-    device, rows = arguments.device, []
+    device, rows, memory = arguments.device, [], []
     for shape in shapes(device, arguments.full):
         rows.append(measure(shape, device, arguments.budget))
+        # written after every row: an interrupted run keeps what it has measured
+        write_results("attention", rows, device=device, memory=memory)
         print(f"measured {shape}", file=sys.stderr, flush=True)
-    memory = [measure_memory(shape, device) for shape in memory_shapes(device, arguments.full)]
-    columns = ["shape", *dict.fromkeys(name for row in rows for name in row if name.startswith(("forward", "train")))]
-    print(f"Time relative to {REFERENCE} with SoftMax (median of paired ratios)\n\n{table(rows, columns)}\n")
-    print(f"Peak extra memory\n\n{table(memory)}\n")
-    print("written to", write_results("attention", rows, device=device, memory=memory).relative_to(ROOT))
+    for shape in memory_shapes(device, arguments.full):
+        memory.append(measure_memory(shape, device))
+    path = write_results("attention", rows, device=device, memory=memory)
+    shown = [name for row in rows for name in row if name.startswith(("forward", "train"))]
+    print(f"Time relative to {REFERENCE} with SoftMax (median of paired ratios)\n")
+    print(table(rows, ["shape", *dict.fromkeys(shown), "load"]))
+    print(f"\nPeak extra memory\n\n{table(memory)}\n")
+    print("written to", path.relative_to(ROOT))
 
 
 if __name__ == "__main__":

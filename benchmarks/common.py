@@ -6,6 +6,7 @@ Two computations are compared by running them in turn, many times, in one proces
 import ctypes
 import gc
 import json
+import os
 import platform
 import subprocess
 import threading
@@ -18,7 +19,16 @@ from statistics import median
 
 import torch
 
-__all__ = ["Timing", "environment", "paired_timing", "peak_extra_bytes", "results_path", "table", "write_results"]
+__all__ = [
+    "Timing",
+    "environment",
+    "load",
+    "paired_timing",
+    "peak_extra_bytes",
+    "results_path",
+    "table",
+    "write_results",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONED = ("torch", "transformers", "triton", "entmax", "adasplash", "numpy")
@@ -183,6 +193,14 @@ def environment(device: str | torch.device = "cpu") -> dict[str, object]:
         described["gpu"] = torch.cuda.get_device_name()
         described["cuda"] = torch.version.cuda
     return described
+
+
+def load() -> float | None:
+    """The machine's load average of the last minute: well above its cores, ratios are noisy. None where unknown."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
 
 
 def _cpu_name() -> str:

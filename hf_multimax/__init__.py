@@ -1,5 +1,7 @@
 """MultiMax for Hugging Face Transformers: a learnable, sparse and multi-modal SoftMax in any model."""
 
+from typing import Any
+
 from hf_multimax.attention import multimax_attention
 from hf_multimax.backends import backend
 from hf_multimax.config import MultiMaxConfig
@@ -7,7 +9,15 @@ from hf_multimax.functional import modulate, multimax
 from hf_multimax.kernels.cross_entropy import multimax_linear_cross_entropy
 from hf_multimax.modeling import register_extension_points
 from hf_multimax.modulator import MultiMax, Normalizer
-from hf_multimax.normalizers import normalize, register_normalizer
+from hf_multimax.normalizers import (
+    Learned,
+    Option,
+    build_normalizer,
+    normalize,
+    register_normalizer,
+    registered_normalizers,
+    rowwise,
+)
 from hf_multimax.patching import (
     freeze_base,
     is_patched,
@@ -19,6 +29,12 @@ from hf_multimax.patching import (
 from hf_multimax.version import __version__
 
 __all__ = [
+    "Learned",
+    "Option",
+    "SparsityAnnealing",
+    "build_normalizer",
+    "registered_normalizers",
+    "rowwise",
     "MultiMax",
     "MultiMaxConfig",
     "Normalizer",
@@ -39,3 +55,12 @@ __all__ = [
 ]
 
 register_extension_points()
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs the Trainer, which is slow to import, when it is asked for."""
+    if name == "SparsityAnnealing":
+        from hf_multimax.annealing import SparsityAnnealing
+
+        return SparsityAnnealing
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -236,10 +236,13 @@ def attach(model: PreTrainedModel, config: MultiMaxConfig, strict: bool = True) 
             logger.warning(f"The checkpoint's output modulator is dropped: {error}")
             config = config.replace(output=False)
     selected = select_layers(model, config, strict) if config.attention else {}
+    per_head = config.per_head or get_normalizer(config.normalizer).per_head
     normalizers = {
-        name: _build(config, module, head_count(name, module) if config.per_head else None)
+        name: _build(config, module, head_count(name, module) if per_head else None)
         for name, module in selected.items()
     }
+    if config.per_head and not any(list(normalizer.parameters()) for normalizer in normalizers.values()):
+        raise ValueError(f"per_head=True means nothing to normalizer={config.normalizer!r}, which learns nothing here")
     output = _output_modulator(model, config) if config.output else None
 
     layers = attention_layers(model) if config.attention else {}

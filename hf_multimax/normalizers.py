@@ -36,6 +36,7 @@ from hf_multimax.registry import (
     get_normalizer,
     normalize,
     register_normalizer,
+    registered_normalizers,
     rowwise,
 )
 from hf_multimax.structured import prox_oscar, prox_tv
@@ -50,6 +51,7 @@ __all__ = [
     "get_normalizer",
     "normalize",
     "register_normalizer",
+    "registered_normalizers",
     "rowwise",
 ]
 

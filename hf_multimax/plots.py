@@ -45,8 +45,8 @@ def plot_normalizer(normalizer: Normalizer, scores: torch.Tensor, path: str | Pa
         rows = {"SoftMax": normalize("softmax", scores), "sparsemax": normalize("sparsemax", scores)}
         rows["MultiMax"] = normalizer(scores)
         positions = torch.arange(len(scores))
-        for offset, (name, color) in zip((-0.27, 0.0, 0.27), (("SoftMax", "0.7"), ("sparsemax", "C0"), ("MultiMax", "C3"))):
-            right.bar(positions + offset, rows[name], width=0.27, color=color, label=name)
+        for offset, color, (name, p) in zip((-0.27, 0.0, 0.27), ("0.7", "C0", "C3"), rows.items()):
+            right.bar(positions + offset, p, width=0.27, color=color, label=name)
         right.set(xlabel="entry, by score", title="distribution", xticks=positions.tolist())
         right.legend(frameon=False)
     if path is not None:

@@ -27,6 +27,7 @@ __all__ = [
     "get_normalizer",
     "normalize",
     "register_normalizer",
+    "registered_normalizers",
     "rowwise",
 ]
 
@@ -168,6 +169,11 @@ def get_normalizer(name: str) -> NormalizerSpec:
             "Make your own known with hf_multimax.register_normalizer before patching or loading."
         )
     return _REGISTRY[name]
+
+
+def registered_normalizers() -> tuple[str, ...]:
+    """The names of all registered normalizers, in alphabetical order."""
+    return tuple(sorted(_REGISTRY))
 
 
 def normalize(

@@ -69,7 +69,7 @@ def test_a_patched_model_is_the_definition_in_float64(name, options):
 
 
 def prepare_reference(twin, model, dtype):
-    """Let the stock ``twin`` compute by the written-down definition, with the scalars of ``model`` under their names."""
+    """Let the stock ``twin`` compute by the written-down definition, with the scalars of ``model``."""
     layers = attention_layers(twin)
     for name, module in layers.items():
         source = model.get_submodule(name).multimax
