@@ -18,6 +18,10 @@ __all__ = ["IMPLEMENTATION", "attention_forward", "multimax_attention"]
 
 #: The name under which attention is registered with Transformers.
 IMPLEMENTATION = "multimax"
+CONTINUOUS_BATCHING_REFUSED = (
+    "continuous batching (generate_batch) prepares masks only for Transformers' own attention implementations: "
+    "call generate() on a MultiMax model, or hf_multimax.unpatch_model(model) first"
+)
 
 
 def multimax_attention(
@@ -102,10 +106,7 @@ def attention_forward(
             "or call hf_multimax.patch_model(model)"
         )
     if cache is not None:
-        raise ValueError(
-            "continuous batching (generate_batch) prepares masks only for Transformers' own attention "
-            "implementations: call generate() on a MultiMax model, or hf_multimax.unpatch_model(model) first"
-        )
+        raise ValueError(CONTINUOUS_BATCHING_REFUSED)
     causal = attention_mask is None and query.shape[2] > 1 and _is_causal(module, is_causal)
     weights_wanted = _weights_wanted(module, kwargs)
     sinks = s_aux if s_aux is not None else sinks

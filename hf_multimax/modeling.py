@@ -23,7 +23,7 @@ from transformers.models.auto import (
     tokenization_auto,
 )
 
-from hf_multimax.attention import IMPLEMENTATION, attention_forward
+from hf_multimax.attention import CONTINUOUS_BATCHING_REFUSED, IMPLEMENTATION, attention_forward
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.discovery import attention_layers, head_count, select_layers
 from hf_multimax.modulator import Normalizer
@@ -161,6 +161,10 @@ class MultiMaxMixin:
         if self.config.multimax["attention"]:
             _check_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ValueError: its masks are made for Transformers' own implementations only."""
+        raise ValueError(CONTINUOUS_BATCHING_REFUSED)
 
     def initialize_weights(self) -> None:
         # Before the stock initialisation, which would take the modulators for what it knows.

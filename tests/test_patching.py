@@ -297,6 +297,8 @@ def test_attention_weights_are_returned_when_the_config_says_so(name):
 
 def test_continuous_batching_is_refused():
     model = patch_model(make("GPT2LMHeadModel"))
+    with pytest.raises(ValueError, match="generate"):
+        model.generate_batch([[3, 4, 5]])
     attention = model.transformer.h[0].attn
     q = torch.randn(1, 4, 3, 8)
     function = transformers.AttentionInterface()["multimax"]
