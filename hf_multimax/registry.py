@@ -292,7 +292,7 @@ class FunctionNormalizer(Normalizer):
 
     def values(self) -> dict[str, Any]:
         """Every option's present value: numbers, and for a learned one a tensor ``[]`` or ``[num_heads]``."""
-        return {**self.options, **{name: rule.value(self.get_parameter(name)) for name, rule in self.learned.items()}}
+        return {**self.options, **{name: rule.value(getattr(self, name)) for name, rule in self.learned.items()}}
 
     def normalize(self, x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         options = {
