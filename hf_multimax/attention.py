@@ -12,7 +12,7 @@ from transformers.utils import output_capturing
 from hf_multimax.backends import choose_kernel, current_backend, tiles_are_slower
 from hf_multimax.functional import Affine, compute_dtype, masked_softmax, modulate
 from hf_multimax.kernels import tiled
-from hf_multimax.modulator import MultiMax, Normalizer
+from hf_multimax.modulator import MultiMax, Normalizer, on_its_device
 
 __all__ = ["IMPLEMENTATION", "attention_forward", "multimax_attention"]
 
@@ -59,7 +59,7 @@ def multimax_attention(
         ValueError: for shapes that do not fit, ``is_causal`` with more queries than keys, or a probability outside
             [0, 1). TypeError: for a mask that is neither boolean nor floating.
     """
-    _check_shapes(q, k, v, is_causal, dropout_p)
+    tiled.check_arguments(q, k, v, ranges, ts, attn_mask, bias, affine, dropout_p, is_causal)
     features = {"mask": attn_mask, "bias": bias, "affine": affine, "dropout_p": dropout_p, "causal": is_causal}
     kernel = choose_kernel(q, k, v, ranges, ts, scale=scale, **features)
     if kernel is not None:
@@ -107,7 +107,8 @@ def attention_forward(
         )
     if cache is not None:
         raise ValueError(CONTINUOUS_BATCHING_REFUSED)
-    causal = attention_mask is None and query.shape[2] > 1 and _is_causal(module, is_causal)
+    is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)
     weights_wanted = _weights_wanted(module, kwargs)
     sinks = s_aux if s_aux is not None else sinks
     # A layer that the config leaves out holds None: it shares its config with patched ones and keeps SoftMax.
@@ -128,20 +129,21 @@ def attention_forward(
         # A static cache at its first call is longer than the queries, which are its first entries.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
-    out, weights = _attend(
-        normalizer,
-        query,
-        key,
-        value,
-        weights_wanted,
-        mask=attention_mask,
-        bias=position_bias,
-        dropout_p=dropout if module.training else 0.0,
-        causal=causal,
-        scale=scaling,
-        softcap=softcap,
-        sinks=sinks,
-    )
+    with on_its_device(normalizer):
+        out, weights = _attend(
+            normalizer,
+            query,
+            key,
+            value,
+            weights_wanted,
+            mask=attention_mask,
+            bias=position_bias,
+            dropout_p=dropout if module.training else 0.0,
+            causal=causal,
+            scale=scaling,
+            softcap=softcap,
+            sinks=sinks,
+        )
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -280,23 +282,5 @@ def _with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
     return mask.masked_fill(~causal, torch.finfo(mask.dtype).min)
 
 
-def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
-    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-
-
 def _identity(x: Tensor) -> Tensor:
     return x
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, dropout_p: float) -> None:
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q, k and v must be [batch, heads, length, head_dim], got {shapes}")
-    if not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3] and q.shape[3] == k.shape[3]):
-        raise ValueError(f"the shapes of q, k and v do not fit together: {shapes}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the number of query heads must be a multiple of that of key heads, got {shapes}")
-    if is_causal and q.shape[2] > k.shape[2]:
-        raise ValueError(f"is_causal needs at least as many keys as queries, got {shapes}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")

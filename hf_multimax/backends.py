@@ -60,6 +60,8 @@ def choose_kernel(
     Raises:
         ValueError: if the user chose a backend that does not support the call; the text names the feature.
     """
+    if ranges.device != q.device:
+        raise ValueError(f"q is on {q.device}, but ranges and ts are on {ranges.device}: move them there")
     if _backend == "eager":
         return None
     if _backend != "auto":
@@ -70,8 +72,8 @@ def choose_kernel(
                 f"backend({_backend!r}) does not support {missing}: use backend('auto') or backend('eager')"
             )
         return kernel
-    if weights:
-        return None
+    if weights or torch.autograd.forward_ad._current_level >= 0:
+        return None  # the kernels have no forward derivative
     kernel = _PREFERRED.get(q.device.type)
     runs_here = kernel is not None and (kernel is not native or _native_is_available())
     if runs_here and kernel.unsupported(q, k, v, ranges, ts, **features) is None:

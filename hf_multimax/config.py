@@ -55,6 +55,8 @@ class MultiMaxConfig:
         self._check("init_std", _is_positive(self.init_std), "must be a number > 0")
         for name in ("include", "exclude"):
             self._check_patterns(name)
+        if not self.attention and (self.patterns("include") or self.patterns("exclude")):
+            raise ValueError("MultiMaxConfig.include and exclude choose attention layers, but attention is false")
         if not (self.attention or self.output):
             raise ValueError("MultiMaxConfig.attention and MultiMaxConfig.output are both false: nothing to replace")
 

@@ -5,6 +5,7 @@ In memory the config keeps the native ``model_type``, which PEFT, generation and
 is ``"multimax"``, so that Transformers without this plugin refuses the checkpoint instead of running SoftMax.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -49,6 +50,8 @@ class MultiMaxConfigMixin:
     """What a generated config class adds to the native one: the ``multimax`` entry, its form on disk, and guards."""
 
     stock_class: ClassVar[type[PreTrainedConfig]]
+    #: Whether a layer does not say that it is causal, so that the mask must: never None for a causal layer.
+    masks_in_full: ClassVar[bool] = False
 
     def __setattr__(self, key: str, value: Any) -> None:
         if key == "_attn_implementation_internal" and self.__dict__.get(key) == IMPLEMENTATION != value:
@@ -75,8 +78,9 @@ class MultiMaxConfigMixin:
         if "multimax" in values:
             values["base_model_type"], values["model_type"] = self.model_type, MODEL_TYPE
             values["auto_map"] = AUTO_MAP
-            if values["multimax"]["attention"]:
-                values["attn_implementation"] = IMPLEMENTATION
+            # What makes Transformers without the plugin refuse the checkpoint, and each part of a composite one.
+            values["attn_implementation"] = IMPLEMENTATION
+            _mark_parts(self, values)
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -94,9 +98,14 @@ class MultiMaxConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
-        if "multimax" in config_dict and MultiMaxConfig.from_dict(config_dict["multimax"]).attention:
-            _check_implementation(kwargs.get("attn_implementation"))
-        return super().from_dict(config_dict, **kwargs)
+        attention = "multimax" in config_dict and MultiMaxConfig.from_dict(config_dict["multimax"]).attention
+        if attention:
+            _check_implementation(kwargs.get("attn_implementation") or config_dict.get("attn_implementation"))
+        result = super().from_dict(config_dict, **kwargs)
+        if attention:  # a stock model built from it must not run
+            config = result[0] if isinstance(result, tuple) else result
+            config._attn_implementation_internal = IMPLEMENTATION
+        return result
 
 
 class MultiMaxAutoConfig(PreTrainedConfig):
@@ -137,15 +146,19 @@ class MultiMaxMixin:
         multimax = MultiMaxConfig.from_dict(config.multimax)
         if multimax.attention:
             _check_implementation(config._attn_implementation)
+        config = copy.deepcopy(config)  # the caller's may belong to a model
         generated = type(config)
         # The stock model is built from a stock config, as if nothing were replaced, and then patched like any other.
         config.__class__ = self.stock_class.config_class if generated is PreTrainedConfig else _stock(generated)
         if multimax.attention:
             config._attn_implementation = None
+        # Composite models check their config's class.
+        object.__setattr__(self, "config_class", self.stock_class.config_class)
         try:
             super().__init__(config, *args, **kwargs)
         finally:
             config.__class__ = generated
+            del self.__dict__["config_class"]
         saved_as = getattr(config, "architectures", None) or [type(self).__name__]
         attach(self, multimax, strict=type(self).__name__ in saved_as)
 
@@ -215,6 +228,8 @@ class MultiMaxMixin:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        if "multimax" not in vars(self.config):
+            raise ValueError("this MultiMax model's config was replaced by one without a 'multimax' entry: put it back")
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_loader(save_directory)
@@ -235,8 +250,12 @@ def attach(model: PreTrainedModel, config: MultiMaxConfig, strict: bool = True) 
         try:
             check_output_supported(model, stock_class)
         except ValueError as error:
-            if strict or not config.attention:
+            if strict:
                 raise
+            if not config.attention:
+                raise ValueError(
+                    f"{error}. The checkpoint modulates the output only: load it by its own class"
+                ) from error
             logger.warning(f"The checkpoint's output modulator is dropped: {error}")
             config = config.replace(output=False)
     selected = select_layers(model, config, strict) if config.attention else {}
@@ -258,9 +277,11 @@ def attach(model: PreTrainedModel, config: MultiMaxConfig, strict: bool = True) 
         module.multimax = normalizers.get(name)
     if output is not None:
         model.multimax_output = output
+    silent = any(not hasattr(module, "is_causal") for module in layers.values())
     for part in configs:
         part.__dict__.pop("multimax", None)
         part.__class__ = config_class(_stock(type(part)))
+        type(part).masks_in_full |= silent
         if config.attention:
             part._attn_implementation_internal = IMPLEMENTATION
     model.config.multimax = config.to_dict()
@@ -308,9 +329,9 @@ def _own_configs(model: PreTrainedModel) -> None:
 
 def _build(config: MultiMaxConfig, beside: nn.Module, num_heads: int | None) -> Normalizer:
     """The normalizer of ``config``, on the device and in the mode of the module that it is to stand in."""
-    normalizer = build_normalizer(config, num_heads)
     parameter = next(beside.parameters(), None)
-    return normalizer.to(None if parameter is None else parameter.device).train(beside.training)
+    with contextlib.nullcontext() if parameter is None else parameter.device:
+        return build_normalizer(config, num_heads).train(beside.training)
 
 
 def _output_modulator(model: PreTrainedModel, config: MultiMaxConfig) -> Normalizer:
@@ -396,21 +417,44 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def attention_mask(*args: Any, **kwargs: Any) -> Any:
+    """SDPA's boolean masks, None where the layer knows that it is causal."""
+    if getattr(kwargs.get("config"), "masks_in_full", False):
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **kwargs)
+
+
 def register_extension_points() -> None:
     """Register the attention function, its mask and the model type with Transformers."""
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)
     CONFIG_MAPPING.register(MODEL_TYPE, MultiMaxAutoConfig, exist_ok=True)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
+def _mark_parts(config: PreTrainedConfig, values: dict[str, Any]) -> None:
+    """Write the attention implementation of the sub-configs, too."""
+    for name in config.sub_configs:
+        part, part_values = getattr(config, name, None), values.get(name)
+        if isinstance(part, PreTrainedConfig) and isinstance(part_values, dict):
+            if part._attn_implementation == IMPLEMENTATION:
+                part_values["attn_implementation"] = IMPLEMENTATION
+            _mark_parts(part, part_values)
+
+
 def _native_form(values: dict[str, Any]) -> dict[str, Any]:
     """What config.json said before it was written as a MultiMax config."""
-    values = {key: value for key, value in values.items() if key not in ("auto_map", "attn_implementation")}
+    values = {key: value for key, value in _unmarked(values).items() if key != "auto_map"}
     values["model_type"] = values.pop("base_model_type", MODEL_TYPE)
     return values
+
+
+def _unmarked(values: dict[str, Any]) -> dict[str, Any]:
+    """The values without the attention implementation of any part."""
+    kept = {key: value for key, value in values.items() if (key, value) != ("attn_implementation", IMPLEMENTATION)}
+    return {key: _unmarked(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _implementation_refused(name: Any) -> str:

@@ -1,6 +1,7 @@
 """MultiMax as a module: its parameters, how they start, and why they stay float32."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -92,12 +93,12 @@ class MultiMax(Normalizer):
     ) -> None:
         super().__init__()
         order = (1 if affine else 2) if order is None else order
-        if order < 1:
-            raise ValueError(f"order must be an integer >= 1, got {order}")
+        if not _is_count(order):
+            raise ValueError(f"order must be an integer >= 1, got {order!r}")
         if affine and order != 1:
             raise ValueError(f"the affine variant has order 1, got order={order}")
-        if num_heads is not None and num_heads < 1:
-            raise ValueError(f"num_heads must be None or >= 1, got {num_heads}")
+        if num_heads is not None and not _is_count(num_heads):
+            raise ValueError(f"num_heads must be None or an integer >= 1, got {num_heads!r}")
         if init not in ("identity", "paper"):
             raise ValueError(f"init must be 'identity' or 'paper', got {init!r}")
         if not init_std > 0:
@@ -134,3 +135,21 @@ class MultiMax(Normalizer):
     def extra_repr(self) -> str:
         options: dict[str, Any] = {"order": self.order, "num_heads": self.num_heads, "affine": self.scale is not None}
         return ", ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+@contextlib.contextmanager
+def on_its_device(module: nn.Module | None) -> Iterator[None]:
+    """Let accelerate bring an offloaded module's parameters, whose methods are called rather than the module itself."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)

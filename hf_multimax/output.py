@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from hf_multimax.discovery import code_names
 from hf_multimax.functional import compute_dtype
 from hf_multimax.fused_output import FusedLoss, captured_input, fused_loss
+from hf_multimax.modulator import on_its_device
 
 __all__ = ["check_output_supported", "modulated_forward"]
 
@@ -74,7 +75,8 @@ def modulated_forward(
         logits, loss = None, fused(hidden[0], labels, rest)
     else:
         # The loss sees the modulated logits before they are rounded to the model's type.
-        modulated = model.multimax_output.modulate(outputs.logits.to(compute_dtype(outputs.logits.dtype)))
+        with on_its_device(model.multimax_output):
+            modulated = model.multimax_output.modulate(outputs.logits.to(compute_dtype(outputs.logits.dtype)))
         loss = None if labels is None else _loss(model, stock_class, modulated, labels, rest)
         logits = modulated.to(outputs.logits.dtype)
     outputs = type(outputs)(**{**outputs, "logits": logits, "loss": loss})

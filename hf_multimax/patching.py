@@ -29,7 +29,8 @@ def patch_model(model: PreTrainedModel, config: MultiMaxConfig | None = None, **
     process, of the same class or sharing its config, stay as they are.
 
     Args:
-        model: any model whose attention goes through Transformers' AttentionInterface.
+        model: any model whose attention goes through Transformers' AttentionInterface. Give the outermost model: one
+            that is patched inside another saves no config that says so.
         config: see :class:`MultiMaxConfig`; None for the defaults.
         overrides: fields of the config to change.
 
@@ -44,10 +45,15 @@ def patch_model(model: PreTrainedModel, config: MultiMaxConfig | None = None, **
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"patch_model needs a Transformers model, got {type(model).__name__}: patch before wrapping it "
-            "(PEFT, DDP, FSDP, torch.compile), or patch what is inside"
+            "(PEFT, DDP, FSDP, torch.compile)"
         )
-    if is_patched(model) or any(is_patched(module) for module in model.modules()):
+    if is_patched(model) or any(is_patched(m) or isinstance(m, Normalizer) for m in model.modules()):
         raise ValueError("the model is patched already: call hf_multimax.unpatch_model(model) first")
+    if "multimax" in vars(model.config):
+        raise ValueError(
+            "the model's config is that of a MultiMax checkpoint, whose scalars this stock class did not load: "
+            "load the checkpoint by its Auto class, after `import hf_multimax`"
+        )
     if any(parameter.is_meta for parameter in model.parameters()) and hasattr(model, "hf_device_map"):
         raise ValueError("the model is offloaded: patch it before offloading, or save it patched and load that")
     if config is not None and not isinstance(config, MultiMaxConfig):
@@ -72,7 +78,12 @@ def multimax_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of every normalizer in ``model``, by name, e.g. ``transformer.h.0.attn.multimax.ts``.
 
     Works on wrapped models, too (PEFT, DDP), whose names then have the wrapper's prefix.
+
+    Raises:
+        TypeError: if ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, got {type(model).__name__}")
     ours = {id(p) for module in model.modules() if isinstance(module, Normalizer) for p in module.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ours}
 

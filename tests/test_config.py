@@ -80,6 +80,11 @@ def test_nothing_to_replace_is_refused():
         MultiMaxConfig(attention=False)
 
 
+def test_choosing_layers_that_are_not_replaced_is_refused():
+    with pytest.raises(ValueError, match="include"):
+        MultiMaxConfig(attention=False, output=True, include="h.0")
+
+
 def test_round_trip():
     config = MultiMaxConfig(order=3, per_head=True, include=["a", "b"], exclude="c", normalizer_kwargs={"x": [1, 2]})
     assert MultiMaxConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -80,6 +80,8 @@ def test_copies():
     ("arguments", "text"),
     [
         ({"order": 0}, "order"),
+        ({"order": 1.5}, "order"),
+        ({"order": True}, "order"),
         ({"order": 2, "affine": True}, "affine"),
         ({"num_heads": 0}, "num_heads"),
         ({"init": "zeros"}, "init"),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_multimax.kernels import native
 from tests.attention_cases import CASES, Case, check, reference, run
@@ -200,3 +202,21 @@ def test_without_a_compiler_one_line_says_so(tmp_path):
     out, errors = _process(tmp_path, PATH=str(tmp_path), CXX="").communicate(timeout=300)
     assert out == "" and errors.count("native CPU attention is not available, slower kernels are used") == 1
     assert "no C++ compiler was found" in errors and "RuntimeError" in errors
+
+
+def test_operators_are_dispatched_only_where_something_watches():
+    q, ranges, ts = torch.randn(1, 2, 8, 16), torch.zeros(4), torch.ones(4)
+    traced = make_fx(lambda q, k, v, ranges, ts: native.attention(q, k, v, ranges, ts))(q, q, q, ranges, ts)
+    assert "hf_multimax.native_attention" in traced.code
+    assert torch.equal(traced(q, q, q, ranges, ts), native.attention(q, q, q, ranges, ts))
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (q, ranges, ts)]
+    assert native.attention(fake[0], fake[0], fake[0], *fake[1:]).shape == q.shape
+
+
+def test_dispatched_or_not_gradients_are_the_same(monkeypatch):
+    tensors, options, grad = _call(Case("", (2, 4, 2, 17, 40), affine=True, sinks=True), causal=True)
+    direct = run(native.attention, tensors, options, grad)
+    monkeypatch.setattr(native, "_unseen", lambda q: False)
+    dispatched = run(native.attention, tensors, options, grad)
+    assert all(torch.equal(direct[name], dispatched[name]) for name in direct)

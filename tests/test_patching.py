@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -179,9 +180,8 @@ def assert_untouched(model):
 def test_patching_twice_is_refused():
     model = patch_model(make("GPT2LMHeadModel"))
     for again in (model, model.transformer):
-        if again is model:
-            with pytest.raises(ValueError, match="unpatch_model"):
-                patch_model(again)
+        with pytest.raises(ValueError, match="unpatch_model"):
+            patch_model(again)
 
 
 @pytest.mark.parametrize("wrong", [nn.Linear(2, 2), "gpt2", None])
@@ -356,3 +356,54 @@ def test_casting_a_patched_model_leaves_the_scalars_alone(cast):
     assert model.dtype == getattr(torch, {"half": "float16"}.get(cast, cast))
     assert all(torch.equal(value, before[name]) for name, value in multimax_parameters(model).items())
     assert logits(model, inputs_for(model)).isfinite().all()
+
+
+def test_a_model_made_from_a_patched_models_config_leaves_that_model_alone():
+    model = randomised(patch_model(make("GPT2LMHeadModel")))
+    batch = inputs_for(model)
+    expected = logits(model, batch)
+    other = transformers.AutoModelForCausalLM.from_config(model.config)
+    assert other.config is not model.config
+    assert model.config._attn_implementation == "multimax"
+    assert torch.equal(logits(model, batch), expected)
+
+
+def test_a_layer_that_does_not_say_whether_it_is_causal_is_not():
+    config = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = transformers.ClapTextConfig(**config, intermediate_size=16, max_position_embeddings=32)
+    model = transformers.ClapTextModel._from_config(settings, attn_implementation="eager").eval()
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        expected = model(ids)[0]
+        patch_model(model)
+        torch.testing.assert_close(model(ids)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["eager", "tiled", "auto"])
+@pytest.mark.parametrize(
+    "options", [{"output": True}, {"normalizer": "rsoftmax", "normalizer_kwargs": {"learn": True}}]
+)
+def test_offloaded_parameters_are_brought_back(options, which):
+    model = patch_model(make("GPT2LMHeadModel"), **options)
+    with torch.no_grad():
+        for parameter in multimax_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter))
+    batch = inputs_for(model)
+    with torch.no_grad(), hf_multimax.backend(which):
+        expected = model(**batch).logits
+        accelerate.cpu_offload(model, execution_device="cpu")
+        assert all(p.is_meta for p in multimax_parameters(model).values())
+        torch.testing.assert_close(model(**batch).logits, expected)
+
+
+def test_patching_under_another_default_device():
+    model = make("GPT2LMHeadModel")
+    with torch.device("meta"):
+        patch_model(model)
+    assert {p.device.type for p in multimax_parameters(model).values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("helper", [freeze_base, multimax_parameters])
+def test_helpers_refuse_what_is_no_model(helper):
+    with pytest.raises(TypeError, match="NoneType"):
+        helper(None)

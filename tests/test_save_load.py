@@ -229,6 +229,38 @@ def test_an_output_modulator_of_another_head_starts_anew(tmp_path, caplog):
     assert model.multimax_output.ts.eq(0).all()
 
 
+def test_parts_of_a_composite_model(tmp_path):
+    """They refuse to load without the plugin, and load with it in the whole."""
+    part = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**part, "vocab_size": 31, "max_position_embeddings": 16, "eos_token_id": 2}
+    config = transformers.CLIPConfig(text_config=text, vision_config={**part, "image_size": 8, "patch_size": 4})
+    model = patch_model(transformers.CLIPModel(config).eval())
+    with torch.no_grad():
+        for parameter in multimax_parameters(model).values():
+            parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    batch = {"input_ids": torch.tensor([[3, 4, 2]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    found, expected = (m(**batch).logits_per_image for m in (AutoModel.from_pretrained(tmp_path), model))
+    torch.testing.assert_close(found, expected)
+    output = python(_WITHOUT_PLUGIN.replace("GPT2LMHeadModel", "CLIPVisionModel"), tmp_path)
+    assert "refused CLIPVisionModel" in output
+
+
+def test_an_encoder_decoder_of_two_models(tmp_path):
+    settings = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = transformers.BertConfig(**settings, intermediate_size=16)
+    decoder = transformers.BertConfig(**settings, intermediate_size=16, is_decoder=True, add_cross_attention=True)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    model = patch_model(transformers.EncoderDecoderModel(config).eval())
+    with torch.no_grad():
+        for parameter in multimax_parameters(model).values():
+            parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5]])
+    other = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert torch.equal(other(input_ids=ids, decoder_input_ids=ids)[0], model(input_ids=ids, decoder_input_ids=ids)[0])
+
+
 # -- base checkpoints --------------------------------------------------------------------------------------------------
 
 
@@ -257,8 +289,9 @@ _WITHOUT_PLUGIN = """
 
 
 @pytest.mark.parametrize("with_loader", [True, False])
-def test_stock_transformers_refuses_the_checkpoint(tmp_path, with_loader):
-    patched().save_pretrained(tmp_path)
+@pytest.mark.parametrize("options", [{}, {"attention": False, "output": True}], ids=str)
+def test_stock_transformers_refuses_the_checkpoint(tmp_path, with_loader, options):
+    patched(**options).save_pretrained(tmp_path)
     if not with_loader:
         path = tmp_path / "config.json"
         values = json.loads(path.read_text())
@@ -371,19 +404,33 @@ def test_a_config_without_the_entry_is_refused(tmp_path):
         AutoConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("loader", [AutoModelForCausalLM, transformers.GPT2LMHeadModel, "generated"])
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, "generated"])
 def test_another_attention_implementation_at_load_is_refused(tmp_path, loader):
     patched().save_pretrained(tmp_path)
     loader = hf_multimax.modeling.MultiMaxGPT2LMHeadModel if loader == "generated" else loader
-    if loader is transformers.GPT2LMHeadModel:
-        model = loader.from_pretrained(tmp_path)  # the stock class knows nothing of it, and does not run
-        with pytest.raises(ValueError, match="Auto class"):
-            model(torch.tensor([[3, 4]]))
-        return
     with pytest.raises(ValueError, match="unpatch_model"):
         loader.from_pretrained(tmp_path, attn_implementation="sdpa")
     with pytest.raises(ValueError, match="unpatch_model"):
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), attn_implementation="sdpa")
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_a_stock_class_runs_no_multimax_checkpoint(tmp_path, config):
+    patched().save_pretrained(tmp_path)
+    given = {"config": AutoConfig.from_pretrained(tmp_path)} if config else {}
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, **given)
+    with pytest.raises(ValueError, match="Auto class"):
+        model(torch.tensor([[3, 4]]))
+    with pytest.raises(ValueError, match="Auto class"):
+        patch_model(model)
+
+
+def test_a_model_whose_config_was_replaced_is_not_saved(tmp_path):
+    model = patched()
+    model.config = make("GPT2LMHeadModel").config
+    with pytest.raises(ValueError, match="config was replaced"):
+        model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pickled_weights_are_refused(tmp_path):

@@ -157,3 +157,25 @@ def test_mistakes_are_named(change, error, phrase):
     arguments.update(ranges=torch.zeros(4), ts=torch.zeros(4))
     with pytest.raises(error, match=phrase):
         tiled.attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_terms_that_vanish_still_have_gradients(per_head):
+    tensors, options, grad = _call(Case("", (2, 4, 2, 40, 90), per_head=per_head), torch.float64, causal=True)
+    tensors = {key: x.double() for key, x in tensors.items()}
+    tensors["ts"] = tensors["ts"].clone().zero_()
+    actual, expected = (run(f, tensors, options, grad) for f in (tiled.attention, reference))
+    for key in expected:
+        torch.testing.assert_close(actual[key], expected[key], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e12])
+def test_large_scores_are_masked_too(size):
+    tensors, _, _ = _call(Case("", (1, 2, 2, 33, 60)), torch.float64)
+    tensors = {key: x.double() for key, x in tensors.items()}
+    tensors["q"] *= size
+    mask = torch.rand(33, 60) > 0.5
+    mask[3] = False
+    out, expected = (f(*tensors.values(), mask=mask, causal=True) for f in (tiled.attention, reference))
+    torch.testing.assert_close(out, expected)
+    assert (out[:, :, 3] == 0).all()
