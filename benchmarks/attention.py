@@ -5,7 +5,7 @@ Every backend of MultiMax attention, the authors' formula in plain PyTorch, ``to
 one process; on CUDA 1.5-entmax (adasplash) as well where it is installed. The slow ones, which would flush the caches
 and use up the time of the others, have rounds of their own and only some rows. Peak extra memory is measured for one
 forward and backward pass, on a CPU in a process of its own for each. Writes benchmarks/results/attention-<device>.json
-after every row. The default takes some minutes; ``--full`` adds lengths to 16k and head dimension 128.
+after every row. The default takes some minutes; ``--full`` adds the compilers, lengths to 16k and head dimension 128.
 """
 
 import argparse
@@ -22,7 +22,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import ROOT, Timing, load, paired_timing, peak_extra_bytes, table, write_results
+from benchmarks.common import (
+    ROOT,
+    Timing,
+    add_thread_option,
+    load,
+    paired_timing,
+    peak_extra_bytes,
+    table,
+    write_results,
+)
 
 REFERENCE = "sdpa"
 BACKENDS = {"cpu": ("native", "tiled"), "cuda": ("triton", "tiled")}
@@ -70,8 +79,7 @@ def shapes(device: str, full: bool) -> list[Shape]:
         ]
         return [*square, *(Shape(16, 16, 1, n, 128, False, "bfloat16", False) for n in (2048, 32768))]
     found = [
-        Shape(2, 8, 1024, 1024, unfused=True, compilers=True),
-        Shape(2, 8, 1024, 1024, causal=True, unfused=True, compilers=full),
+        *(Shape(2, 8, 1024, 1024, causal=causal, unfused=True, compilers=full) for causal in (False, True)),
         *(Shape(2, 8, 2048, 2048, causal=causal) for causal in (False, True)),
         *(Shape(2, 8, 1024, 1024, causal=causal, dtype="bfloat16") for causal in (False, True)),
         Shape(4, 12, 197, 197, unfused=True),
@@ -88,7 +96,7 @@ def shapes(device: str, full: bool) -> list[Shape]:
 def memory_shapes(device: str, full: bool) -> list[Shape]:
     """What peak extra memory is measured at."""
     dtype = "bfloat16" if device == "cuda" else "float32"
-    lengths = (1024, 2048, 4096, 8192) if full else (2048, 4096)
+    lengths = (1024, 2048, 4096, 8192) if full or device == "cuda" else (2048, 4096)
     return [Shape(1, 8, n, n, dtype=dtype, unfused=full or n == 2048) for n in lengths]
 
 
@@ -157,7 +165,7 @@ def _flex(shape: Shape, device: str) -> Callable[..., Tensor]:
     compiled = torch.compile(flex_attention)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, ts: Tensor) -> Tensor:
-        ranges, ts = ranges.detach(), ts.detach()
+        q, k, v, ranges, ts = (x.detach() for x in (q, k, v, ranges, ts))
         return compiled(q, k, v, score_mod=lambda x, *where: modulated(x, ranges, ts), block_mask=mask)
 
     return attention
@@ -189,7 +197,7 @@ def measure(shape: Shape, device: str, budget_s: float) -> dict[str, object]:
             functions = runnable({name: make(function, tensors) for name, function in made.items()}, notes)
             if not functions:
                 continue
-            rounds = {"min_rounds": 3, "max_rounds": 20, "warmup": 0} if slow else {"min_rounds": 5, "warmup": 1}
+            rounds = {"min_rounds": 2, "max_rounds": 9, "warmup": 0} if slow else {"min_rounds": 3, "warmup": 1}
             times = paired_timing(functions, device=device, budget_s=budget_s, **rounds)
             _enter(row, phase, times, first=not slow)
     return {**row, "load": load(), "not run": notes}
@@ -249,7 +257,8 @@ def measure_memory(shape: Shape, device: str) -> dict[str, object]:
     for name in (REFERENCE, *BACKENDS[device], *(("plain",) if shape.unfused else ())):
         if device == "cpu":
             arguments = json.dumps({"shape": asdict(shape), "name": name})
-            command = [sys.executable, "-m", "benchmarks.attention", "--memory-of", arguments]
+            threads = str(torch.get_num_threads())
+            command = [sys.executable, "-m", "benchmarks.attention", "--threads", threads, "--memory-of", arguments]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=dict(os.environ))
             found = json.loads(done.stdout)
         else:
@@ -263,7 +272,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="more lengths and head dimensions")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--budget", type=float, default=3.0, help="seconds of rounds per group of cells")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds of rounds per group of cells")
+    add_thread_option(parser)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:

@@ -1,8 +1,11 @@
 """What every benchmark shares: paired timing, peak extra memory, the machine's description, tables and JSON.
 
-Two computations are compared by running them in turn, many times, in one process: a busy neighbour then slows both.
+Two computations are compared by running them in turn, many times, in one process: a busy neighbour then slows both. On
+a CPU the default is one thread and its CPU time, which a busy neighbour hardly touches at all; with more threads, which
+wait for each other at the end of every operation, it is the time on the wall, and the machine has to be quiet.
 """
 
+import argparse
 import ctypes
 import gc
 import json
@@ -20,6 +23,7 @@ from statistics import median
 import torch
 
 __all__ = [
+    "add_thread_option",
     "Timing",
     "environment",
     "load",
@@ -32,6 +36,16 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONED = ("torch", "transformers", "triton", "entmax", "adasplash", "numpy")
+
+
+def add_thread_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--threads``, which sets PyTorch's number of threads as soon as it is parsed; one is the default."""
+    torch.set_num_threads(1)
+    parser.add_argument(
+        "--threads",
+        type=lambda text: torch.set_num_threads(int(text)),
+        help="threads on a CPU (default 1, timed by CPU time; with more, keep the machine quiet)",
+    )
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ def paired_timing(
 
     Args:
         candidates: name -> function without arguments.
-        device: what the functions run on; CUDA work is timed with events.
+        device: what the functions run on; CUDA work is timed with events, one thread on a CPU by its CPU time.
         budget_s: seconds to spend on the rounds of all candidates together (warm-up not counted).
         min_rounds, max_rounds: bounds on the number of rounds whatever the budget.
         warmup: calls of every candidate before the first round.
@@ -89,9 +103,10 @@ def paired_timing(
 
 
 def _timed_cpu(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _timed_cuda(function: Callable[[], object]) -> float:

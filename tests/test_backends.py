@@ -132,3 +132,27 @@ def test_compile_and_export_without_graph_breaks(which):
     torch.testing.assert_close(compiled, expected)
     torch.testing.assert_close(exported, expected)
     assert module.multimax.ts.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("which", ["tiled", pytest.param("native", marks=needs_native)])
+def test_second_derivatives_are_refused(which):
+    q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
+    ranges, ts = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    with backend(which), pytest.raises(RuntimeError, match="eager"):
+        torch.autograd.grad(multimax_attention(q, k, v, ranges, ts).sum(), q, create_graph=True)
+    with backend("eager"):
+        (grad,) = torch.autograd.grad(multimax_attention(q, k, v, ranges, ts).sum(), q, create_graph=True)
+        assert torch.autograd.grad(grad.square().sum(), ts)[0].abs().sum() > 0
+
+
+def test_forward_derivatives_are_eagers():
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    ranges, ts = torch.randn(4), torch.randn(4)
+    tangent = torch.randn_like(q)
+
+    def attend(queries):
+        return multimax_attention(queries, k, v, ranges, ts)
+
+    _, derivative = torch.func.jvp(attend, (q,), (tangent,))
+    step = 1e-2 * tangent
+    torch.testing.assert_close(derivative, (attend(q + step) - attend(q - step)) / 2e-2, rtol=0.05, atol=0.02)

@@ -37,6 +37,7 @@ def assert_none_worse(actual: dict, plain: dict, reference: dict, what: str = ""
     error, allowed = errors[0] ** 0.5, 2 * errors[1] ** 0.5 + 1e-6
     assert error <= allowed, f"{what}: root mean square relative error {error:.3g} > {allowed:.3g}"
 
+
 #: attention in float32 against float64 for scores of standard deviation 1 and |ts| <= 1; 1e-5 for what is not named
 ATTENTION = {
     "out": 2e-6,

@@ -2,3 +2,14 @@
 
 Every attention backend is one function with the arguments of ``tiled.attention``.
 """
+
+import torch
+
+
+def refuse_second_derivative(backend: str) -> None:
+    """Raise RuntimeError in a backward pass that is itself recorded: its result would be cut off from the graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{backend} attention has no second derivative: call backward without create_graph=True, "
+            "or compute under hf_multimax.backend('eager')"
+        )

@@ -14,13 +14,13 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import tiled
+from . import refuse_second_derivative, tiled
 
 __all__ = ["attention", "available", "reason", "unsupported"]
 
@@ -83,9 +83,22 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     window, softcap = -1 if window is None else window, 0.0 if softcap is None else softcap
     seed = tiled.dropout_seed(dropout_p)
+    arguments = (*tensors, seed, dropout_p, causal, window, scale, softcap)
+    unseen = _unseen(q)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _training_op(*tensors, seed, dropout_p, causal, window, scale, softcap)[0]
-    return _inference_op(*tensors, seed, dropout_p, causal, window, scale, softcap)
+        return _Attention.apply(*arguments) if unseen else _training_op(*arguments)[0]
+    return _inference(*arguments) if unseen else _inference_op(*arguments)
+
+
+def _unseen(q: Tensor) -> bool:
+    """Whether nothing traces, transforms or intercepts operators, so that dispatching them would be time lost."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(q) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def unsupported(
@@ -568,10 +581,30 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_out: Tensor, _grad_out32: Tensor, _grad_stats: Tensor):
+    refuse_second_derivative("native")
+    return _gradients(ctx, grad_out, _backward_op)
+
+
+def _gradients(ctx, grad_out: Tensor, backward: Callable[..., list[Tensor]]) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[: tiled.DIFFERENTIABLE])
-    grads = _backward_op(grad_out, *ctx.saved_tensors, *ctx.options, needed)
+    grads = backward(grad_out, *ctx.saved_tensors, *ctx.options, needed)
     absent = [None] * (1 + len(ctx.options))
     return *(grad if wanted else None for grad, wanted in zip(grads, needed)), *absent
+
+
+class _Attention(torch.autograd.Function):
+    """The training operator without the dispatcher, whose share of a short call is as large as the work itself."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _training(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        refuse_second_derivative("native")
+        return _gradients(ctx, grad_out, _backward)
 
 
 _inference_op = tiled.define_operator("native_attention", _inference, _fake_inference, "CPU")

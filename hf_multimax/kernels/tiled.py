@@ -11,15 +11,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import refuse_second_derivative
+
 __all__ = ["attention", "check_arguments", "rowwise_attention", "unsupported"]
 
 Affine = tuple[Tensor, Tensor]
 RowFunction = Callable[..., Tensor]
 
-#: scores in a tile: two or three such buffers of float32 stay in a core's outer caches
-TILE_ELEMENTS = 1 << 19
+#: scores in a tile: three such buffers of float32 (five in the backward pass) stay in a core's outer caches
+TILE_ELEMENTS = 1 << 18
+#: rows of a tile whatever the number of keys: matrix products of fewer are slow
+SMALLEST_HEIGHT = 32
 #: rows of a tile under a causal mask or a window, where the scores that a tile computes in vain grow with its height
 CAUSAL_ROWS = 128
+#: scores below this stay finite under any modulator in use
+REGULAR = 1e6
 MINUS_INFINITY = float("-inf")
 
 
@@ -235,7 +241,7 @@ def plan_tiles(
     kv_step = kv_heads
     if not whole_heads:
         kv_step = min(kv_heads, max(1, TILE_ELEMENTS // (group * min(height, CAUSAL_ROWS) * keys)))
-    height = min(height, max(16, TILE_ELEMENTS // (kv_step * group * keys)))
+    height = min(height, max(SMALLEST_HEIGHT, TILE_ELEMENTS // (kv_step * group * keys)))
     batch_step = max(1, TILE_ELEMENTS // (heads * rows * keys)) if kv_step == kv_heads and height == rows else 1
     index, shift = 0, keys - rows
     for b in range(0, batch, batch_step):
@@ -266,9 +272,38 @@ class Scores:
 
     values: Tensor
     capped: Tensor | None  # before the bias, where a softcap is set
-    keep: Tensor | None  # boolean, broadcastable to values
+    keep: Tensor | None  # the mask: boolean, broadcastable to values
+    band: tuple[slice, Tensor] | None  # some columns, and which of them causality and the window leave to each row
     added: Tensor | None  # an additive mask's values, 0 where it masks
-    may_be_infinite: bool
+    irregular: bool  # whether values may be infinite, NaN, or so large that the modulation overflows
+
+    @property
+    def all_kept(self) -> Tensor | None:
+        """What mask, causality and window keep together, broadcastable to values; None where it is everything."""
+        if self.band is None:
+            return self.keep
+        columns, keep = self.band
+        whole = keep.new_ones(keep.shape[0], self.values.shape[-1])
+        whole[:, columns] = keep
+        return whole if self.keep is None else whole & self.keep
+
+    def hide(self, x: Tensor) -> bool:
+        """Write minus infinity into ``x``, shaped like values, where it is not kept; whether a row may be all that."""
+        if self.keep is not None:
+            _hide(x, self.keep, self.irregular)
+        if self.band is not None:
+            columns, keep = self.band
+            _hide(x[..., columns], keep, self.irregular)
+        return self.keep is not None
+
+
+def _hide(x: Tensor, keep: Tensor, irregular: bool) -> None:
+    """Minus infinity where ``keep`` is False."""
+    if irregular or x.device.type != "cpu":
+        x.masked_fill_(~keep, MINUS_INFINITY)
+    else:  # on a CPU a tenth of the time, but it would let a NaN through
+        cap = keep.to(x.dtype).sub_(0.5).mul_(float("inf"))
+        torch.minimum(x, cap, out=x)
 
 
 class Problem:
@@ -281,13 +316,11 @@ class Problem:
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.q, self.k, self.v = q, _contiguous(k, self.dtype), _contiguous(v, self.dtype)
         self.shape = (*q.shape[:3], k.shape[2])
-        self.mask = None if mask is None else mask.expand(self.shape)
-        self.bias = None if bias is None else bias.expand(self.shape)
+        self.mask, self.bias = _four_dimensional(mask), _four_dimensional(bias)
         self.seed = None if seed is None else int(seed)
         self.options = options
         self.tiles = list(plan_tiles(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], options, whole_heads))
         self._buffers: dict[str, Tensor] = {}
-        self.may_be_infinite = bias is not None or _may_overflow(self.q, self.k, options.scale)
 
     def buffer(self, name: str, tile: Tile) -> Tensor:
         """A reused contiguous ``[batch, heads, rows, keys]`` buffer for the tile."""
@@ -307,46 +340,46 @@ class Problem:
         """The tile's keys of a contiguous ``[B, Hkv, Nk, *]`` tensor as ``[batch * kv_heads, keys, *]``."""
         return x[tile.batch, tile.kv_heads, tile.keys].flatten(0, 1)
 
-    def product(self, x: Tensor, y: Tensor, name: str, tile: Tile) -> Tensor:
-        """``x y^T`` for the tile's queries x and keys y, in the buffer ``name``."""
+    def product(self, x: Tensor, y: Tensor, name: str, tile: Tile, alpha: float = 1.0) -> Tensor:
+        """``alpha x y^T`` for the tile's queries x and keys y, in the buffer ``name``."""
         out = self.buffer(name, tile)
-        torch.bmm(x, y.mT, out=out.view(x.shape[0], x.shape[1], y.shape[1]))
+        flat = out.view(x.shape[0], x.shape[1], y.shape[1])
+        torch.baddbmm(flat, x, y.mT, beta=0.0, alpha=alpha, out=flat)
         return out
 
     def scores(self, tile: Tile, keep_capped: bool) -> Scores:
         """The tile's scores before the modulation."""
-        values = self.product(self.queries(self.q, tile), self.keys(self.k, tile), "scores", tile)
-        values.mul_(self.options.scale)
-        capped = None
+        q, k = self.queries(self.q, tile), self.keys(self.k, tile)
+        values, capped = self.product(q, k, "scores", tile, self.options.scale), None
         if self.options.softcap:
             values.div_(self.options.softcap).tanh_().mul_(self.options.softcap)
             capped = values.clone() if keep_capped else None
         if self.bias is not None:
-            values.add_(self.bias[tile.scores])
-        keep, added = self._masks(tile)
-        return Scores(values, capped, keep, added, self.may_be_infinite)
+            values.add_(_part(self.bias, tile))
+        keep, added = self._mask(tile)
+        return Scores(values, capped, keep, self._band(tile), added, _is_irregular(values))
 
-    def _masks(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
-        keep, added = self._band(tile), None
-        if self.mask is not None:
-            mask = self.mask[tile.scores]
-            kept = mask
-            if mask.dtype != torch.bool:
-                kept = ~(mask <= torch.finfo(mask.dtype).min / 2)
-                added = mask.to(self.dtype).masked_fill(~kept, 0.0)
-            keep = kept if keep is None else keep & kept
-        return keep, added
+    def _mask(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        if self.mask is None:
+            return None, None
+        mask = _part(self.mask, tile)
+        if mask.dtype == torch.bool:
+            return mask, None
+        keep = ~(mask <= torch.finfo(mask.dtype).min / 2)
+        return keep, mask.to(self.dtype).masked_fill(~keep, 0.0)
 
-    def _band(self, tile: Tile) -> Tensor | None:
-        """Which keys causality and the window leave to each row, ``[rows, keys]``; None where it is all of them."""
+    def _band(self, tile: Tile) -> tuple[slice, Tensor] | None:
+        """Columns of the tile, and which of them causality and the window leave to each row; None for all of them."""
         causal, window = self.options.causal, self.options.window
         if not causal and window < 0:
             return None
         device, shift = self.q.device, self.shape[3] - self.shape[2]
+        # without a window, the keys up to the first row's last one are seen by all
+        first = tile.keys.start if window >= 0 else tile.rows.start + shift + 1
         row = torch.arange(tile.rows.start + shift, tile.rows.stop + shift, device=device)[:, None]
-        key = torch.arange(tile.keys.start, tile.keys.stop, device=device)
+        key = torch.arange(first, tile.keys.stop, device=device)
         keep = key <= row if causal else key < row + window
-        return keep & (key > row - window) if window >= 0 else keep
+        return slice(first - tile.keys.start, None), keep & (key > row - window) if window >= 0 else keep
 
     def dropout(self, tile: Tile) -> Tensor | None:
         """The tile's dropout factors, 0 or 1 / (1 - p), the same at every call."""
@@ -365,29 +398,39 @@ def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).contiguous()
 
 
-def _may_overflow(q: Tensor, k: Tensor, scale: float) -> bool:
-    """Whether a score could be infinite; always yes on devices where asking would wait for the device."""
-    if q.device.type != "cpu" or not q.numel() or not k.numel():
+def _four_dimensional(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.view((1,) * (4 - x.ndim) + x.shape)
+
+
+def _part(x: Tensor, tile: Tile) -> Tensor:
+    """What a tensor that broadcasts to ``[B, H, Nq, Nk]`` holds for the tile, broadcastable to the tile."""
+    return x[tuple(slice(None) if size == 1 else part for size, part in zip(x.shape, tile.scores))]
+
+
+def _is_irregular(x: Tensor) -> bool:
+    """Whether scores are infinite, NaN or could become so; always yes where asking would wait for the device."""
+    if x.device.type != "cpu" or not x.numel():
         return True
-    largest = q.float().abs().max().item() * k.float().abs().max().item() * q.shape[-1] * max(abs(scale), 1.0)
-    return not largest < torch.finfo(torch.float32).max / 4
+    low, high = torch.aminmax(x)
+    return not (low.item() > -REGULAR and high.item() < REGULAR)
 
 
 class Rows(Protocol):
     """A row function with its derivative, in the form the tile loops call it."""
 
-    def forward(self, scores: Scores, tile: Tile, out: Tensor) -> Tensor:
-        """Probabilities of the scores; may be written into ``out``, which may be the scores themselves."""
+    def forward(self, problem: Problem, tile: Tile, scores: Scores, differentiate: bool) -> Tensor:
+        """Probabilities of the scores; the scores stay as :meth:`backward` wants them if ``differentiate``."""
 
-    def backward(self, scores: Scores, tile: Tile, probabilities: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients for (the scores, the added values); both arguments may be overwritten."""
+    def backward(
+        self, problem: Problem, tile: Tile, scores: Scores, probabilities: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients for (the scores, the added values); the last two arguments may be overwritten."""
 
 
 def run_forward(problem: Problem, rows: Rows, out: Tensor) -> Tensor:
     """Attention through ``rows`` into ``out`` ``[B, H, Nq, Dv]``."""
     for tile in problem.tiles:
-        scores = problem.scores(tile, keep_capped=False)
-        p = rows.forward(scores, tile, scores.values)
+        p = rows.forward(problem, tile, problem.scores(tile, keep_capped=False), differentiate=False)
         drop = problem.dropout(tile)
         if drop is not None:
             p = p.mul_(drop)
@@ -429,15 +472,15 @@ def run_backward(problem: Problem, rows: Rows, grad_out: Tensor, bias: Tensor | 
 
 def _backward_tile(problem: Problem, rows: Rows, tile: Tile, grad_out: Tensor, grads: Gradients) -> None:
     scores, options = problem.scores(tile, keep_capped=True), problem.options
-    p = rows.forward(scores, tile, problem.buffer("probabilities", tile))
+    p = rows.forward(problem, tile, scores, differentiate=True)
     q, do = problem.queries(problem.q, tile), problem.queries(grad_out, tile)
     grad = problem.product(do, problem.keys(problem.v, tile), "gradient", tile)
     drop, dropped = problem.dropout(tile), p
     if drop is not None:
-        dropped = p * drop
+        dropped = torch.mul(p, drop, out=problem.buffer("scratch", tile))
         grad.mul_(drop)
     _add_product(grads.v, tile, _per_kv_head(dropped, tile).mT, do, 1.0)
-    grad, grad_added = rows.backward(scores, tile, p, grad)
+    grad, grad_added = rows.backward(problem, tile, scores, p, grad)
     _add_reduced(grads.mask, grad_added, tile)
     _add_reduced(grads.bias, grad, tile)
     if scores.capped is not None:
@@ -481,47 +524,59 @@ class MultiMaxRows:
         self, ranges: Tensor, ts: Tensor, scale: Tensor | None, shift: Tensor | None, sinks: Tensor | None,
         heads: int, dtype: torch.dtype, want_scalars: bool = False,
     ) -> None:  # fmt: skip
-        self.ranges, self.ts = (_columns(x.to(dtype)) for x in (ranges, ts))
+        self._terms = _terms(ranges.to(dtype), ts.to(dtype))
         self.scale, self.shift, self.sinks = (
             None if x is None else x.to(dtype).reshape(-1, 1, 1) for x in (scale, shift, sinks)
         )
-        self.grad_ranges, self.grad_ts = (
-            torch.zeros(heads, ranges.shape[-1], dtype=torch.float64, device=ranges.device) for _ in range(2)
-        )
+        # per head, the sums of g f(u) over the terms that :meth:`_through_sigma` lists, for ranges and for ts
+        self._sums = torch.zeros(2, ranges.shape[-1], heads, dtype=torch.float64, device=ranges.device)
+        self._ts = ts.detach().double()
         self.grad_scale, self.grad_shift, self.grad_sinks = (
             torch.zeros(heads, dtype=torch.float64, device=ranges.device) for _ in range(3)
         )
         self.want_scalars = want_scalars
         self._sink_share: Tensor | None = None
 
-    def forward(self, scores: Scores, tile: Tile, out: Tensor) -> Tensor:
-        """See :class:`Rows`. With ``out`` apart from the scores, these are left as sigma saw them."""
-        x = scores.values
+    @property
+    def grad_ranges(self) -> Tensor:
+        """``[heads, 2N]``"""
+        order = torch.arange(1, self._ts.shape[-1] // 2 + 1, device=self._ts.device)
+        signed = torch.stack((order, -order), -1).flatten()  # b_n - x grows with b_n, x - d_n falls with d_n
+        return self._sums[0].T * (signed * self._ts)
+
+    @property
+    def grad_ts(self) -> Tensor:
+        """``[heads, 2N]``"""
+        return self._sums[1].T
+
+    def forward(self, problem: Problem, tile: Tile, scores: Scores, differentiate: bool) -> Tensor:
+        """See :class:`Rows`. The scores are left as sigma saw them."""
+        x, out = scores.values, problem.buffer("probabilities", tile)
         self._dead = self._plain = None
-        if scores.may_be_infinite:
+        if scores.irregular:
             self._dead = x <= torch.finfo(x.dtype).min / 2
             x.masked_fill_(self._dead, 0.0)
         if self.scale is not None and self.shift is not None:
-            self._plain = x.clone() if out is not x else None
+            self._plain = x.clone() if differentiate else None
             x.mul_(_of(self.scale, tile)).add_(_of(self.shift, tile))
-        self._modulate(x, out, tile)
+        self._modulate(x, out, problem.buffer("scratch", tile), tile)
         if scores.added is not None:
             out.add_(scores.added)
-        if scores.keep is not None:
-            out.masked_fill_(~scores.keep, MINUS_INFINITY)
+        may_be_empty = scores.hide(out)
         if self._dead is not None:
             out.masked_fill_(self._dead, MINUS_INFINITY)
-        return self._softmax(out, tile, scores.keep is not None or self._dead is not None)
+        return self._softmax(out, tile, may_be_empty or self._dead is not None)
 
-    def _modulate(self, x: Tensor, out: Tensor, tile: Tile) -> None:
-        source = x.clone() if out is x else x
-        if out is not x:
+    def _modulate(self, x: Tensor, out: Tensor, u: Tensor, tile: Tile) -> None:
+        """``out = sigma(x)``; ``u`` is scratch."""
+        source = x
+        for term in self._terms:
+            if not term.vanishes:
+                term.excess(x, u, tile).relu_()
+                _add_power(source, u, _of(term.t, tile), term.n, out)
+                source = out
+        if source is x:
             out.copy_(x)
-        u = torch.empty_like(source)
-        for b, d, t_b, t_d, n in self._terms(tile):
-            for t, low in ((t_b, True), (t_d, False)):
-                (torch.sub(b, source, out=u) if low else torch.sub(source, d, out=u)).relu_()
-                _add_power(out, u, t, n)
 
     def _softmax(self, x: Tensor, tile: Tile, may_be_empty: bool) -> Tensor:
         empty = x.amax(-1, keepdim=True) == MINUS_INFINITY if may_be_empty else None
@@ -534,77 +589,107 @@ class MultiMaxRows:
             x.mul_(1.0 - self._sink_share)
         return x
 
-    def backward(self, scores: Scores, tile: Tile, probabilities: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, problem: Problem, tile: Tile, scores: Scores, probabilities: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See :class:`Rows`."""
-        p = probabilities
-        delta = torch.linalg.vecdot(p, grad).unsqueeze(-1)
+        g, p = problem.buffer("scratch", tile), probabilities
         if self._sink_share is not None:
+            delta = torch.mul(p, grad, out=g).sum(-1, keepdim=True)
             self._add(self.grad_sinks, tile, -(self._sink_share * delta))
-        g = grad.sub_(delta).mul_(p)
-        if scores.keep is not None:
-            g.masked_fill_(~scores.keep, 0.0)
+        torch.ops.aten._softmax_backward_data.out(grad, p, -1, p.dtype, grad_input=g)
         if self._dead is not None:
             g.masked_fill_(self._dead, 0.0)
-        grad_added = g.clone() if scores.added is not None else g
-        grad_x = g.mul_(self._slope(scores.values, g, tile, spare=p))
+        grad_x = self._through_sigma(scores.values, g, problem.buffer("grad_x", tile), grad, p, tile)
         if self.scale is not None:
             if self._plain is not None:
                 self._add(self.grad_scale, tile, grad_x * self._plain)
             self._add(self.grad_shift, tile, grad_x)
             grad_x = grad_x.mul_(_of(self.scale, tile))
-        return grad_x, grad_added
+        return grad_x, g
 
-    def _slope(self, x: Tensor, g: Tensor, tile: Tile, spare: Tensor) -> Tensor:
-        """d sigma / dx; adds g's share to the gradients of ranges and ts. ``spare`` is overwritten."""
-        slope, u = torch.ones_like(x), spare
-        for b, d, t_b, t_d, n in self._terms(tile):
-            for t, sign, column in ((t_b, -1.0, 2 * n - 2), (t_d, 1.0, 2 * n - 1)):
-                (torch.sub(b, x, out=u) if sign < 0 else torch.sub(x, d, out=u)).relu_()
-                if self.want_scalars:
-                    self._add(self.grad_ts[:, column], tile, g, u, n)
-                # the derivative of relu(u)^n without its factor n
-                power = u.sign_() if n == 1 else u if n == 2 else u.pow_(n - 1)
-                if self.want_scalars:
-                    self._add(self.grad_ranges[:, column], tile, g, power, 1, factor=-sign * n * t)
-                _add_power(slope, power, sign * n * t, 1)
-        return slope
-
-    def _terms(self, tile: Tile) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, int]]:
-        """(b_n, d_n, t_bn, t_dn, n), each parameter broadcastable to the tile."""
-        ranges, ts = ([_of(column, tile) for column in columns] for columns in (self.ranges, self.ts))
-        for n in range(1, len(ranges) // 2 + 1):
-            yield ranges[2 * n - 2], ranges[2 * n - 1], ts[2 * n - 2], ts[2 * n - 1], n
+    def _through_sigma(self, x: Tensor, g: Tensor, out: Tensor, u: Tensor, w: Tensor, tile: Tile) -> Tensor:
+        """``out = g dsigma/dx``; adds g's share to the gradients of ranges and ts. ``u`` and ``w`` are scratch."""
+        source = g
+        sums = torch.zeros(2, len(self._terms), *x.shape[:3], dtype=x.dtype, device=x.device)
+        for column, term in enumerate(self._terms):
+            if term.vanishes and not self.want_scalars:
+                continue
+            term.excess(x, u, tile)
+            # w = g times the derivative of relu(u)^n, without its factor n
+            if term.n == 1:
+                torch.ops.aten.threshold_backward.grad_input(g, u, 0.0, grad_input=w)
+            else:
+                u.relu_()
+                torch.mul(g, u if term.n == 2 else u ** (term.n - 1), out=w)
+            if not term.vanishes:
+                _add_power(source, w, _of(term.slope, tile), 1, out)
+                source = out
+            if self.want_scalars:
+                torch.sum(w, -1, out=sums[0, column])
+                torch.sum(torch.mul(w, u, out=u), -1, out=sums[1, column])
+        if self.want_scalars:
+            self._sums[:, :, tile.heads] += sums.sum((2, 4), dtype=torch.float64)
+        return out.copy_(g) if source is g else out
 
     @staticmethod
-    def _add(
-        into: Tensor, tile: Tile, g: Tensor, u: Tensor | None = None, n: int = 0, factor: Tensor | None = None
-    ) -> None:
-        """``into[heads] += factor * sum(g u^n)`` over all but the heads."""
-        if u is not None:
-            g = torch.linalg.vecdot(g, u if n == 1 else u.square() if n == 2 else u**n).unsqueeze(-1)
-        total = g.sum(-1, keepdim=True).sum((0, 2, 3), dtype=torch.float64)
-        if factor is not None:
-            total = total * factor.double().reshape(-1)
-        into[tile.heads] += total
+    def _add(into: Tensor, tile: Tile, x: Tensor) -> None:
+        """``into[heads] += sum(x)`` over all but the heads."""
+        into[tile.heads] += x.sum(-1, keepdim=True).sum((0, 2, 3), dtype=torch.float64)
 
 
-def _columns(x: Tensor) -> list[Tensor]:
-    """The 2N parameters of ``[2N]`` or ``[heads, 2N]``, each a scalar or ``[heads, 1, 1]``."""
-    return [column if x.ndim == 1 else column[:, None, None] for column in x.unbind(-1)]
+@dataclass(frozen=True)
+class Term:
+    """``t * max(b - x, 0)**n`` or ``t * max(x - d, 0)**n``.
+
+    A parameter is a number where that is known without waiting for a device, else broadcastable to a tile.
+    """
+
+    bound: Tensor
+    t: Tensor | float
+    n: int
+    below: bool
+
+    def excess(self, x: Tensor, out: Tensor, tile: Tile) -> Tensor:
+        """``b - x`` or ``x - d``."""
+        bound = _of(self.bound, tile)
+        return torch.sub(bound, x, out=out) if self.below else torch.sub(x, bound, out=out)
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether the term is known to be zero everywhere."""
+        return isinstance(self.t, float) and self.t == 0.0
+
+    @property
+    def slope(self) -> Tensor | float:
+        """The derivative's factor in front of ``max(.., 0)**(n - 1)``."""
+        return self.t * (-self.n if self.below else self.n)
 
 
-def _of(x: Tensor, tile: Tile) -> Tensor:
+def _terms(ranges: Tensor, ts: Tensor) -> list[Term]:
+    """The 2N terms of a modulator ``[2N]`` or ``[heads, 2N]``."""
+    shared = ts.ndim == 1
+    bounds, slopes = ([x if shared else x[:, None, None] for x in parameter.unbind(-1)] for parameter in (ranges, ts))
+    if shared and ts.device.type == "cpu":
+        slopes = ts.tolist()
+    return [Term(b, t, i // 2 + 1, i % 2 == 0) for i, (b, t) in enumerate(zip(bounds, slopes))]
+
+
+def _of(x: Tensor | float, tile: Tile) -> Tensor | float:
     """The tile's heads of a ``[heads, 1, 1]`` parameter; one that all heads share passes through."""
-    return x if x.ndim == 0 or x.shape[0] == 1 else x[tile.heads]
+    return x if isinstance(x, float) or x.ndim == 0 or x.shape[0] == 1 else x[tile.heads]
 
 
-def _add_power(out: Tensor, u: Tensor, t: Tensor, n: int) -> None:
-    """``out += t * u**n``; for n > 2 ``u`` is overwritten only through a temporary."""
-    if t.ndim == 0 and t.device.type == "cpu" and n <= 2:
-        value = t.item()
-        out.add_(u, alpha=value) if n == 1 else out.addcmul_(u, u, value=value)
+def _add_power(x: Tensor, u: Tensor, t: Tensor | float, n: int, out: Tensor) -> None:
+    """``out = x + t * u**n``."""
+    if isinstance(t, float) and n == 1:
+        torch.add(x, u, alpha=t, out=out)
+    elif isinstance(t, float) and n == 2:
+        torch.addcmul(x, u, u, value=t, out=out)
+    elif isinstance(t, float):
+        torch.add(x, u**n, alpha=t, out=out)
     else:
-        out.addcmul_(u if n == 1 else u.square() if n == 2 else u**n, t)
+        torch.addcmul(x, u if n == 1 else u.square() if n == 2 else u**n, t, out=out)
 
 
 def _attention_forward(
@@ -699,6 +784,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_out: Tensor):
+    refuse_second_derivative("tiled")
     needed = list(ctx.needs_input_grad[:DIFFERENTIABLE])
     grads = _backward_op(grad_out, *ctx.saved_tensors, *ctx.options, needed)
     absent = [None] * (1 + len(ctx.options))
@@ -737,17 +823,19 @@ class AutogradRows:
         self.differentiate = bool(needed) or not parameters
         self._graph: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, scores: Scores, tile: Tile, out: Tensor) -> Tensor:
+    def forward(self, problem: Problem, tile: Tile, scores: Scores, differentiate: bool) -> Tensor:
         """See :class:`Rows`."""
         x = scores.values if scores.added is None else scores.values + scores.added
-        if out is scores.values:
-            return self.function(x, scores.keep, *self.parameters)
+        if not differentiate:
+            return self.function(x, scores.all_kept, *self.parameters)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            self._graph = x, self.function(x, scores.keep, *self.parameters)
+            self._graph = x, self.function(x, scores.all_kept, *self.parameters)
         return self._graph[1].detach()
 
-    def backward(self, scores: Scores, tile: Tile, probabilities: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, problem: Problem, tile: Tile, scores: Scores, probabilities: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See :class:`Rows`."""
         x, p = self._graph
         wanted = [x, *(parameter for parameter in self.parameters if parameter.requires_grad)]

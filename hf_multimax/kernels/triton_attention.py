@@ -12,6 +12,8 @@ import os
 import torch
 from torch import Tensor
 
+from . import refuse_second_derivative
+
 __all__ = ["attention", "unsupported", "varlen_attention"]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -386,6 +388,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, do: Tensor | None, _: Tensor | None):
+    refuse_second_derivative("triton")
     o, norms, *tensors = ctx.saved_tensors
     nothing = [None] * (_TENSORS + len(ctx.options))
     needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
