@@ -10,7 +10,7 @@ from pathlib import Path
 from models import make
 
 from hf_multimax import MultiMaxConfig
-from hf_multimax.registry import registered_normalizers
+from hf_multimax.registry import get_normalizer, registered_normalizers
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -41,7 +41,10 @@ def test_the_config_table_is_the_config():
 
 def test_every_normalizer_has_a_row():
     text = README.read_text()
-    assert all(f"| `{name}` |" in text for name in registered_normalizers())
+    # other tests register some of their own, without a citation
+    built_in = [name for name in registered_normalizers() if get_normalizer(name).citation]
+    assert len(built_in) >= 13
+    assert [name for name in built_in if f"| `{name}` |" not in text] == []
 
 
 def test_every_figure_exists():
