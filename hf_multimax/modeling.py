@@ -25,19 +25,26 @@ from transformers.models.auto import (
 )
 
 from hf_multimax.attention import CONTINUOUS_BATCHING_REFUSED, IMPLEMENTATION, attention_forward
+from hf_multimax.checkpoint import (
+    MODEL_TYPE,
+    check_implementation,
+    check_loaded,
+    disk_form,
+    implementation_refused,
+    native_form,
+    stored_config,
+)
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.discovery import attention_layers, head_count, select_layers
 from hf_multimax.modulator import Normalizer
 from hf_multimax.normalizers import build_normalizer, get_normalizer
 from hf_multimax.output import check_output_supported, modulated_forward
-from hf_multimax.remote import AUTO_MAP, write_loader
+from hf_multimax.remote import write_loader
 
-__all__ = ["MODEL_TYPE", "MultiMaxAutoConfig", "MultiMaxConfigMixin", "MultiMaxMixin", "attach", "detach", "is_patched"]
+__all__ = ["MultiMaxAutoConfig", "MultiMaxConfigMixin", "MultiMaxMixin", "attach", "detach", "is_patched"]
 
 logger = logging.getLogger(__name__)
 
-#: ``model_type`` of a checkpoint on disk.
-MODEL_TYPE = "multimax"
 _PREFIX = "MultiMax"
 
 
@@ -55,7 +62,7 @@ class MultiMaxConfigMixin:
 
     def __setattr__(self, key: str, value: Any) -> None:
         if key == "_attn_implementation_internal" and self.__dict__.get(key) == IMPLEMENTATION != value:
-            raise ValueError(_implementation_refused(value))
+            raise ValueError(implementation_refused(value))
         if key == "multimax":
             value = MultiMaxConfig.from_dict(value).to_dict()
         super().__setattr__(key, value)
@@ -76,11 +83,7 @@ class MultiMaxConfigMixin:
         """The form on disk: model_type "multimax", the native one under ``base_model_type``."""
         values = json.loads(super().to_json_string(use_diff))
         if "multimax" in values:
-            values["base_model_type"], values["model_type"] = self.model_type, MODEL_TYPE
-            values["auto_map"] = AUTO_MAP
-            # What makes Transformers without the plugin refuse the checkpoint, and each part of a composite one.
-            values["attn_implementation"] = IMPLEMENTATION
-            _mark_parts(self, values)
+            values = disk_form(self, values)
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -94,13 +97,13 @@ class MultiMaxConfigMixin:
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         values, rest = super().get_config_dict(*args, **kwargs)
-        return (_native_form(values) if values.get("model_type") == MODEL_TYPE else values), rest
+        return (native_form(values) if values.get("model_type") == MODEL_TYPE else values), rest
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
         attention = "multimax" in config_dict and MultiMaxConfig.from_dict(config_dict["multimax"]).attention
         if attention:
-            _check_implementation(kwargs.get("attn_implementation") or config_dict.get("attn_implementation"))
+            check_implementation(kwargs.get("attn_implementation") or config_dict.get("attn_implementation"))
         result = super().from_dict(config_dict, **kwargs)
         if attention:  # a stock model built from it must not run
             config = result[0] if isinstance(result, tuple) else result
@@ -121,7 +124,7 @@ class MultiMaxAutoConfig(PreTrainedConfig):
             raise ValueError(f"config.json: base_model_type must be a model type of Transformers, got {base_type!r}")
         if "multimax" not in config_dict:
             raise ValueError("config.json of a MultiMax checkpoint must have the field 'multimax'; it is missing")
-        return config_class(CONFIG_MAPPING[base_type]).from_dict(_native_form(config_dict), **kwargs)
+        return config_class(CONFIG_MAPPING[base_type]).from_dict(native_form(config_dict), **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> PreTrainedConfig:
@@ -145,7 +148,7 @@ class MultiMaxMixin:
             raise ValueError(f"{type(self).__name__} needs a config with a 'multimax' entry: call patch_model instead")
         multimax = MultiMaxConfig.from_dict(config.multimax)
         if multimax.attention:
-            _check_implementation(config._attn_implementation)
+            check_implementation(config._attn_implementation)
         config = copy.deepcopy(config)  # the caller's may belong to a model
         generated = type(config)
         # The stock model is built from a stock config, as if nothing were replaced, and then patched like any other.
@@ -172,7 +175,7 @@ class MultiMaxMixin:
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError: any other implementation would drop MultiMax. See :func:`hf_multimax.unpatch_model`."""
         if self.config.multimax["attention"]:
-            _check_implementation(attn_implementation)
+            check_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -212,10 +215,10 @@ class MultiMaxMixin:
         """
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("MultiMax checkpoints are read from safetensors only: leave use_safetensors at True")
-        stored = _stored_config(cls, pretrained_model_name_or_path, kwargs)
+        stored = stored_config(cls, pretrained_model_name_or_path, kwargs)
         implementation = kwargs.get("attn_implementation")
         if implementation is not None:
-            _check_implementation(implementation)
+            check_implementation(implementation)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
@@ -224,7 +227,7 @@ class MultiMaxMixin:
             output_loading_info=True,
             **kwargs,
         )
-        _check_loaded(model, info, stored, ignore_mismatched_sizes)
+        check_loaded(model, info, stored, ignore_mismatched_sizes)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -429,107 +432,3 @@ def register_extension_points() -> None:
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)
     CONFIG_MAPPING.register(MODEL_TYPE, MultiMaxAutoConfig, exist_ok=True)
-
-
-# -- loading -----------------------------------------------------------------------------------------------------------
-
-
-def _mark_parts(config: PreTrainedConfig, values: dict[str, Any]) -> None:
-    """Write the attention implementation of the sub-configs, too."""
-    for name in config.sub_configs:
-        part, part_values = getattr(config, name, None), values.get(name)
-        if isinstance(part, PreTrainedConfig) and isinstance(part_values, dict):
-            if part._attn_implementation == IMPLEMENTATION:
-                part_values["attn_implementation"] = IMPLEMENTATION
-            _mark_parts(part, part_values)
-
-
-def _native_form(values: dict[str, Any]) -> dict[str, Any]:
-    """What config.json said before it was written as a MultiMax config."""
-    values = {key: value for key, value in _unmarked(values).items() if key != "auto_map"}
-    values["model_type"] = values.pop("base_model_type", MODEL_TYPE)
-    return values
-
-
-def _unmarked(values: dict[str, Any]) -> dict[str, Any]:
-    """The values without the attention implementation of any part."""
-    kept = {key: value for key, value in values.items() if (key, value) != ("attn_implementation", IMPLEMENTATION)}
-    return {key: _unmarked(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
-def _implementation_refused(name: Any) -> str:
-    return (
-        f"attn_implementation={name!r} would drop MultiMax from this model: "
-        "call hf_multimax.unpatch_model(model) first if that is what you want"
-    )
-
-
-def _check_implementation(requested: Any) -> None:
-    values = requested.values() if isinstance(requested, dict) else [requested]
-    for value in values:
-        if isinstance(value, dict):
-            _check_implementation(value)
-        elif value not in (None, IMPLEMENTATION):
-            raise ValueError(_implementation_refused(value))
-
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-
-
-def _stored_config(cls: type[PreTrainedModel], path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The config.json beside the weights, in its native form; empty if there is none."""
-    if path is None:
-        return {}
-    try:
-        return cls.config_class.get_config_dict(path, **{k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs})[0]
-    except OSError:
-        return {}  # weights without a config: the caller gave one
-
-
-def _check_loaded(
-    model: PreTrainedModel, info: dict[str, Any], stored: dict[str, Any], ignore_mismatched_sizes: bool
-) -> None:
-    """Raise ValueError for MultiMax parameters that did not load, and take care of another head's output modulator."""
-    same_class = type(model).__name__ in (stored.get("architectures") or [type(model).__name__])
-    mismatched = {item[0]: f"{list(item[1])} instead of {list(item[2])}" for item in info["mismatched_keys"]}
-    missing = {key for key in info["missing_keys"] if _is_multimax(key)}
-    unexpected = {key for key in info["unexpected_keys"] if _is_multimax(key) and not _foreign(key, info)}
-    if not same_class:
-        missing = {key for key in missing if not _is_output(key)}
-        unexpected = {key for key in unexpected if not _is_output(key)}
-    if "multimax" not in stored:
-        missing = set()  # a base checkpoint: they were initialised
-    problems = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": {f"{key}: {mismatched[key]}" for key in mismatched if _is_multimax(key)},
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{what}: {', '.join(sorted(keys))}" for what, keys in problems.items() if keys)
-        raise ValueError(f"the MultiMax parameters of {model.name_or_path!r} do not fit its config. {found}")
-    if mismatched and not ignore_mismatched_sizes:
-        raise RuntimeError(
-            f"{model.name_or_path!r} has weights of another shape: "
-            f"{'; '.join(f'{key}: {shapes}' for key, shapes in sorted(mismatched.items()))}. "
-            "Pass ignore_mismatched_sizes=True to initialise them anew."
-        )
-    if not same_class and "multimax" in stored and hasattr(model, "multimax_output"):
-        model.multimax_output.reset_parameters()
-        logger.warning(
-            f"The checkpoint's output modulator belongs to {stored['architectures'][0]}: that of "
-            f"{type(model).__name__} is newly initialised."
-        )
-
-
-def _is_multimax(key: str) -> bool:
-    return _is_output(key) or ".multimax." in f".{key}"
-
-
-def _is_output(key: str) -> bool:
-    return ".multimax_output." in f".{key}"
-
-
-def _foreign(key: str, info: dict[str, Any]) -> bool:
-    """Whether the attention layer that an unexpected key belongs to is, as a whole, not a part of the loaded class."""
-    layer = key.rpartition("multimax")[0]
-    return not _is_output(key) and any(k.startswith(layer) and not _is_multimax(k) for k in info["unexpected_keys"])

@@ -25,6 +25,7 @@ ORDER = (
     "discovery",
     "fused_output",
     "output",
+    "checkpoint",
     "modeling",
     "patching",
     "annealing",
