@@ -69,9 +69,8 @@ def multimax_attention(
         return modulate(scores, ranges, ts, affine)
 
     mask = _with_causal(attn_mask, q, k) if is_causal else attn_mask
-    return eager_attention(q, k, v, modulator, masked_softmax, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale)[
-        0
-    ]
+    out, _ = eager_attention(q, k, v, modulator, masked_softmax, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale)
+    return out
 
 
 def attention_forward(
@@ -113,6 +112,8 @@ def attention_forward(
     sinks = s_aux if s_aux is not None else sinks
     # A layer that the config leaves out holds None: it shares its config with patched ones and keeps SoftMax.
     normalizer = module.multimax
+    if normalizer is not None and not isinstance(normalizer, Normalizer):
+        normalizer = normalizer.modulate.__self__  # PEFT wraps what it trains and saves: take the active one
     if normalizer is None and current_backend() == "auto" and not weights_wanted and sinks is None and not softcap:
         return sdpa_attention_forward(
             module,

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from hf_multimax import multimax_parameters, patch_model
+from hf_multimax import backend, multimax_parameters, patch_model
 
 
 def stirred(name, seed=0, **options):
@@ -154,6 +154,11 @@ def test_lora_with_its_default_targets(name, targets, tmp_path):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert any(not torch.equal(value, before[key]) for key, value in scalars.items())
+    adapted.eval()
+    with torch.no_grad(), backend("eager"):
+        expected = adapted(**batch).logits
+    with torch.no_grad(), backend("tiled"):  # the kernels see through PEFT's wrapper
+        torch.testing.assert_close(adapted(**batch).logits, expected, rtol=1e-3, atol=1e-4)
     adapted.save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(stirred(name), tmp_path)
     torch.testing.assert_close(reloaded.eval()(**batch).logits, adapted.eval()(**batch).logits)
