@@ -15,9 +15,9 @@ import struct
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ __all__ = [
     "Images",
     "cache_dir",
     "debian_package",
+    "describe",
+    "describe_text",
     "encode",
     "fashion_mnist",
     "help_sentences",
@@ -101,6 +103,44 @@ def load_text(source: str, max_characters: int = 20_000_000) -> str:
     return text
 
 
+def describe_text(source: str) -> dict[str, Any]:
+    """The ``data`` entry of results.json for what :func:`load_text` reads."""
+    if source in BUILT_IN_TEXTS:
+        return {"name": source, "dataset": None, **_ABOUT[source]}
+    local = Path(source).expanduser().exists()
+    name = Path(source).name if local else source
+    return {"name": name, "dataset": None if local else re.split("[:@]", source)[0], "description": name}
+
+
+#: What a model card says of the built-in data.
+_ABOUT: dict[str, dict[str, Any]] = {
+    "pydoc": {
+        "description": "the Python language reference (pydoc_data.topics of the standard library)",
+        "language": ["en"],
+        "licence": "PSF-2.0",
+    },
+    "web": {
+        "description": "the World English Bible (Debian package sword-text-web)",
+        "language": ["en"],
+        "licence": "public domain",
+    },
+    "fashion-mnist": {
+        "description": "Fashion-MNIST, 28x28 grey images of clothes in ten classes (Debian dataset-fashion-mnist)",
+        "licence": "MIT",
+    },
+    "help-en-de": {
+        "description": "sentences of LibreOffice's help, English to German (Debian libreoffice-help-en-us and -de)",
+        "language": ["en", "de"],
+        "licence": "MPL-2.0",
+    },
+}
+
+
+def describe(name: str) -> dict[str, Any]:
+    """The ``data`` entry of results.json for a built-in data set of images or sentences."""
+    return {"name": name, "dataset": None, **_ABOUT[name]}
+
+
 def pydoc_text() -> str:
     """The Python language reference of this interpreter's ``pydoc_data.topics``, about 465,000 characters."""
     try:
@@ -144,9 +184,10 @@ def _read_hub(source: str, max_characters: int) -> str:
         from datasets import load_dataset
     except ImportError as error:
         raise DataError(f"{where}, and data sets of the Hub need `pip install datasets`") from error
-    name, _, configuration = source.partition(":")
+    address, _, split = source.partition("@")
+    name, _, configuration = address.partition(":")
     try:
-        rows = load_dataset(name, configuration or None, split="train", streaming=True)
+        rows = load_dataset(name, configuration or None, split=split or "train", streaming=True)
         column = _text_column(rows.features, source)
         return _join(rows, column, max_characters)
     except DataError:
@@ -386,5 +427,16 @@ def train_tokenizer(text: str, vocab_size: int, max_length: int) -> PreTrainedTo
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """The tokens of a long text without special tokens, ``[tokens]``, int64."""
-    tokens = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    tokens: list[int] = []
+    for piece in _pieces(text):
+        tokens += tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return torch.tensor(tokens, dtype=torch.long)
+
+
+def _pieces(text: str, size: int = 1_000_000) -> Iterator[str]:
+    """The text in pieces that end with a line where they can: tokenizers are slow on very long strings."""
+    begin = 0
+    while begin < len(text):
+        end = text.find("\n", begin + size) + 1
+        yield text[begin : end or None]
+        begin = end or len(text)

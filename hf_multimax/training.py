@@ -1,0 +1,290 @@
+"""Training with the Trainer: a learning rate and a clip of their own for the scalars, and a log of what they do.
+
+The stock Trainer trains patched models as they are (no decay of the scalars, one learning rate, one global clip).
+A scalar's gradient is a sum over a whole score matrix or vocabulary, so that in a global clip it can drown the others':
+the authors advise a clip of its own, or a norm scaled by 1/sqrt(n). That is what the classes here add.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hf_multimax.diagnostics import attention_statistics
+from hf_multimax.patching import multimax_parameters
+
+__all__ = [
+    "MultiMaxArgumentsMixin",
+    "MultiMaxCallback",
+    "MultiMaxSeq2SeqTrainer",
+    "MultiMaxSeq2SeqTrainingArguments",
+    "MultiMaxTrainer",
+    "MultiMaxTrainerMixin",
+    "MultiMaxTrainingArguments",
+    "parameter_groups",
+    "scalar_values",
+]
+
+OUTPUT = "multimax_output"
+CLIPS = ("group", "scale", "global")
+
+
+@dataclass
+class MultiMaxArgumentsMixin:
+    """What MultiMax adds to TrainingArguments. Raises ValueError, naming the field, for impossible values."""
+
+    multimax_learning_rate: float | None = field(
+        default=None, metadata={"help": "learning rate of MultiMax's scalars; None: that of the other parameters"}
+    )
+    multimax_clip: str = field(
+        default="group",
+        metadata={
+            "help": "how max_grad_norm treats the scalars: 'group' clips them apart from the other parameters, 'scale' "
+            "puts their gradients into the one global norm divided by sqrt(n), 'global' as any parameter",
+            "choices": list(CLIPS),
+        },
+    )
+    multimax_max_grad_norm: float | None = field(
+        default=None, metadata={"help": "the limit of multimax_clip='group' for the scalars; None: max_grad_norm"}
+    )
+    multimax_clip_keys: int | None = field(
+        default=None,
+        metadata={"help": "n of multimax_clip='scale' for attention layers: the number of keys a query usually sees"},
+    )
+    multimax_logging: bool = field(
+        default=True, metadata={"help": "log ranges, ts, sparsity, multi-modality and entropy at every evaluation"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.multimax_clip not in CLIPS:
+            raise ValueError(f"multimax_clip must be one of {', '.join(CLIPS)}, got {self.multimax_clip!r}")
+        for name in ("multimax_learning_rate", "multimax_max_grad_norm", "multimax_clip_keys"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+
+@dataclass
+class MultiMaxTrainingArguments(MultiMaxArgumentsMixin, TrainingArguments):
+    """TrainingArguments for :class:`MultiMaxTrainer`."""
+
+
+@dataclass
+class MultiMaxSeq2SeqTrainingArguments(MultiMaxArgumentsMixin, Seq2SeqTrainingArguments):
+    """Seq2SeqTrainingArguments for :class:`MultiMaxSeq2SeqTrainer`."""
+
+
+class MultiMaxTrainerMixin:
+    """Put before a Trainer class: the scalars get their own learning rate and clip, and are logged.
+
+    Needs arguments with the fields of :class:`MultiMaxArgumentsMixin`. A model without MultiMax parameters trains as
+    with the Trainer alone, so that both arms of a comparison can use it.
+    """
+
+    args: MultiMaxTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, MultiMaxArgumentsMixin):
+            raise TypeError(
+                f"{type(self).__name__} needs MultiMaxTrainingArguments (or the Seq2Seq ones), "
+                f"got {type(self.args).__name__}"
+            )
+        self._check_clip()
+        if self.args.multimax_logging and multimax_parameters(self.model):
+            self.add_callback(MultiMaxCallback(self))
+
+    def _check_clip(self) -> None:
+        if self.args.max_grad_norm <= 0 or self.args.multimax_clip == "global" or not multimax_parameters(self.model):
+            return
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        fsdp1 = self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2
+        if deepspeed or fsdp1:
+            raise ValueError(
+                f"{'DeepSpeed' if deepspeed else 'FSDP 1'} clips all parameters by one norm, so that "
+                f"multimax_clip={self.args.multimax_clip!r} cannot act: set multimax_clip='global'"
+                + ("" if deepspeed else ", or use FSDP 2")
+            )
+        if self.args.multimax_clip == "scale":
+            for name in multimax_parameters(self.model):
+                self._summed_over(name)
+
+    def _summed_over(self, name: str) -> int:
+        """n of the clip for a scalar: how many scores of a row its gradient sums over."""
+        if OUTPUT in name:
+            return self.model.get_output_embeddings().weight.shape[0]
+        if self.args.multimax_clip_keys is None:
+            raise ValueError(
+                "multimax_clip='scale' needs multimax_clip_keys, the number of keys that a query usually sees"
+            )
+        return self.args.multimax_clip_keys
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        had_one = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not had_one:
+            model = args[0] if args else kwargs.get("model") or self.model
+            _separate(optimizer, list(multimax_parameters(model).values()), self.args.multimax_learning_rate)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        scalars = {name: p for name, p in multimax_parameters(model).items() if p.grad is not None}
+        if self.args.multimax_clip == "global" or not scalars:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        ours = {id(parameter) for parameter in scalars.values()}
+        others = [p for p in model.parameters() if p.grad is not None and id(p) not in ours]
+        limit = self.args.max_grad_norm
+        if self.args.multimax_clip == "group":
+            clip_grad_norm_(scalars.values(), self.args.multimax_max_grad_norm or limit)
+            return clip_grad_norm_(others, limit)
+        norms = [_whole(get_total_norm([p.grad for p in others]))] if others else []
+        norms += [_whole(get_total_norm([p.grad])) / math.sqrt(self._summed_over(name)) for name, p in scalars.items()]
+        norm = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+        clip_grads_with_norm_([*others], limit, norm)
+        clip_grads_with_norm_(scalars.values(), limit, norm)
+        return norm
+
+
+class MultiMaxTrainer(MultiMaxTrainerMixin, Trainer):
+    """Trainer that gives MultiMax's scalars a learning rate and a clip of their own, and logs them."""
+
+
+class MultiMaxSeq2SeqTrainer(MultiMaxTrainerMixin, Seq2SeqTrainer):
+    """Seq2SeqTrainer that gives MultiMax's scalars a learning rate and a clip of their own, and logs them."""
+
+
+class MultiMaxCallback(TrainerCallback):
+    """Logs, at every evaluation and at the end, the scalars and the measures of each attention layer.
+
+    The names are ``multimax/<layer>/ts_b1``, ``ranges_d2``, ..., ``sparsity``, ``multi_modality``, ``entropy``; the
+    measures are those of :func:`hf_multimax.diagnostics.attention_statistics` on the first evaluation batches. They go
+    to every tracker that the Trainer reports to and into ``state.log_history``, but not to the console. For a stock
+    Trainer: ``trainer.add_callback(MultiMaxCallback(trainer))``.
+
+    Args:
+        trainer: the Trainer.
+        batches: how many evaluation batches are measured; 0 for none.
+    """
+
+    def __init__(self, trainer: Trainer, batches: int = 1) -> None:
+        self.trainer, self.batches = trainer, batches
+        self._logged_at: int | None = None
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._log(args, state, control, kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._log(args, state, control, kwargs["model"])
+
+    def _log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        if self._logged_at == state.global_step:
+            return
+        self._logged_at = state.global_step
+        logs = {f"multimax/{name}": value for name, value in (*_named(model), *self._measured(model))}
+        state.log_history.append({**logs, "epoch": state.epoch, "step": state.global_step})
+        for callback in self.trainer.callback_handler.callbacks:
+            if callback is not self and not isinstance(callback, (ProgressCallback, PrinterCallback)):
+                callback.on_log(args, state, control, model=model, logs=dict(logs))
+
+    def _measured(self, model: nn.Module) -> Iterator[tuple[str, float]]:
+        if not self.batches or self.trainer.eval_dataset is None:
+            return
+        loader = self.trainer.get_eval_dataloader(_one_of(self.trainer.eval_dataset))
+        batches = itertools.islice(loader, self.batches)
+        with self.trainer.compute_loss_context_manager():
+            statistics = attention_statistics(model, batches)
+        for layer, measures in statistics.items():
+            for name in ("sparsity", "multi_modality", "entropy"):
+                if not math.isnan(measures[name].value):
+                    yield f"{layer}/{name}", measures[name].value
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float = 0.0, multimax_learning_rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer in a training loop of one's own; never put the scalars into Muon.
+
+    Args:
+        model: a patched model, or one that holds it.
+        weight_decay: of matrices; biases, norms and MultiMax's scalars get none.
+        multimax_learning_rate: of the scalars; None for the optimizer's.
+
+    Returns:
+        Groups of trainable parameters: decayed, not decayed, MultiMax's; empty ones are left out.
+    """
+    scalars = {id(p) for p in multimax_parameters(model).values()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if id(p) not in scalars and p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in scalars and p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in scalars], "weight_decay": 0.0},
+    ]
+    if multimax_learning_rate is not None:
+        groups[2]["lr"] = multimax_learning_rate
+    return [group for group in groups if group["params"]]
+
+
+def scalar_values(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The present value of every normalizer's parameters: ``{layer: {"ranges": [...], "ts": [...]}}``, nested lists."""
+    values: dict[str, dict[str, Any]] = {}
+    for name, parameter in multimax_parameters(model).items():
+        layer, _, entry = name.rpartition(".")
+        values.setdefault(layer.removesuffix(".multimax"), {})[entry] = _whole(parameter.detach()).tolist()
+    return values
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, float]]:
+    for layer, parameters in scalar_values(model).items():
+        for entry, value in parameters.items():
+            flat = torch.tensor(value)
+            bend = entry in ("ranges", "ts")  # the last dimension is b_1, d_1, b_2, ...; in front of it are heads
+            names = [f"{'bd'[i % 2]}{i // 2 + 1}" for i in range(flat.shape[-1])] if bend else [""]
+            rows = flat.reshape(-1, len(names))
+            for head, row in enumerate(rows.tolist()):
+                for suffix, number in zip(names, row):
+                    parts = [entry, suffix, f"head{head}" if len(rows) > 1 else ""]
+                    yield f"{layer}/{'_'.join(filter(None, parts))}", number
+
+
+def _separate(optimizer: torch.optim.Optimizer, scalars: list[nn.Parameter], rate: float | None) -> None:
+    """Move the scalars of an optimizer without state into groups of their own."""
+    ours = {id(parameter) for parameter in scalars}
+    if ours and "muon" in type(optimizer).__name__.lower():
+        raise ValueError("Muon orthogonalises matrices, which MultiMax's scalars are not: train them with AdamW")
+    if rate is None:
+        return
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in ours]
+        if moved:
+            group["params"] = [p for p in group["params"] if id(p) not in ours]
+            optimizer.add_param_group({**group, "params": moved, "lr": rate})
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A plain tensor also where FSDP holds a part of it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _one_of(dataset: Any) -> Any:
+    return next(iter(dataset.values())) if isinstance(dataset, dict) else dataset

@@ -1,0 +1,177 @@
+"""Language modelling: pre-train from scratch or fine-tune a checkpoint, with any normalizer.
+
+    python -m recipes.language_modeling recipes/configs/lm_web_small.yaml
+    python -m recipes.language_modeling recipes/configs/lm_web_small.yaml --normalizer softmax --output_dir runs/softmax
+    python -m recipes.language_modeling --model gpt2 --data my.txt --output_dir runs/gpt2
+
+Perplexity is exp of the mean loss over the held-out tokens, per token and per byte of their UTF-8 text; the first token
+of each window is not predicted.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    default_data_collator,
+)
+
+from hf_multimax.training import MultiMaxTrainingArguments
+from recipes.common import Job, ModelArguments, build_model, main
+from recipes.data import BUILT_IN_TEXTS, DataError, describe_text, encode, load_text, train_tokenizer
+
+DEFAULT_CONFIG = {"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128}
+
+
+@dataclass
+class TextArguments:
+    """The text and its tokens."""
+
+    data: str = field(
+        default="web",
+        metadata={
+            "help": f"{', '.join(BUILT_IN_TEXTS)}, a text file, a folder, or a Hub set as name[:configuration][@split]"
+        },
+    )
+    validation_data: str | None = field(
+        default=None, metadata={"help": "held-out text, given as data is; default: the end of the data"}
+    )
+    validation_share: float = field(
+        default=0.05, metadata={"help": "of the data, held out at its end without validation_data"}
+    )
+    max_characters: int = field(default=20_000_000, metadata={"help": "of a Hub data set, read at most"})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "folder or Hub id; default: the checkpoint's, or a BPE trained on the data"}
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "of a tokenizer trained here"})
+    context: int | None = field(
+        default=None, metadata={"help": "tokens in a window; default: what the model can see, at most 1024"}
+    )
+    max_eval_windows: int | None = field(default=None, metadata={"help": "held-out windows evaluated, at most"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_share < 1:
+            raise DataError(f"--validation_share must be between 0 and 1, got {self.validation_share}")
+        for name in ("max_characters", "vocab_size", "context", "max_eval_windows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise DataError(f"--{name} must be positive, got {value}")
+
+
+class Windows(Dataset):
+    """Consecutive windows of a text's tokens; what does not fill the last one is left out."""
+
+    def __init__(self, tokens: Tensor, context: int) -> None:
+        self.windows = tokens[: len(tokens) // context * context].view(-1, context)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTrainingArguments) -> Job:
+    """Reads the text, makes or loads tokenizer and model, cuts windows."""
+    with training.main_process_first(desc="reading the data"):
+        train_text, held_out_text = read_texts(text)
+    tokenizer = load_tokenizer(options, text, train_text)
+    model = build_model(options, lambda: stock_model(options, text, tokenizer), training.seed)
+    check_vocabulary(model, tokenizer)
+    context = choose_context(model, text)
+    train, held_out = (Windows(encode(tokenizer, part), context) for part in (train_text, held_out_text))
+    for part, name in ((train, text.data), (held_out, text.validation_data or f"the held-out end of {text.data}")):
+        if not len(part):
+            raise DataError(f"{name} has less than one window of {context} tokens: give more text or a smaller context")
+    held_out.windows = held_out.windows[: text.max_eval_windows]
+    return Job(
+        task="text-generation",
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=train,
+        eval_dataset=held_out,
+        collator=default_data_collator,
+        evaluate=lambda trainer: perplexities(trainer, held_out, tokenizer),
+        data={
+            **describe_text(text.data),
+            "training_tokens": train.windows.numel(),
+            "evaluation_tokens": held_out.windows.numel(),
+            "training_examples": len(train),
+            "evaluation_examples": len(held_out),
+            "context": context,
+            "vocabulary": len(tokenizer),
+        },
+        headline=("perplexity", "byte_perplexity"),
+        source=options.model,
+    )
+
+
+def read_texts(text: TextArguments) -> tuple[str, str]:
+    """Training and held-out text."""
+    whole = load_text(text.data, text.max_characters)
+    if text.validation_data:
+        return whole, load_text(text.validation_data, text.max_characters)
+    cut = whole.find("\n", int(len(whole) * (1 - text.validation_share))) + 1
+    if not 0 < cut < len(whole):
+        raise DataError(f"{text.data} has too few lines to hold some out: give --validation_data")
+    return whole[:cut], whole[cut:]
+
+
+def load_tokenizer(options: ModelArguments, text: TextArguments, train_text: str) -> PreTrainedTokenizerBase:
+    name = text.tokenizer or options.model
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name)
+    return train_tokenizer(train_text, text.vocab_size, text.context or 1024)
+
+
+def stock_model(options: ModelArguments, text: TextArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    if options.model is not None:
+        return AutoModelForCausalLM.from_pretrained(options.model)
+    values = {**DEFAULT_CONFIG, **options.model_config}
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"vocab_size": len(tokenizer), **special}
+    config = AutoConfig.for_model(**{**sizes, **values})
+    if text.context is not None and "max_position_embeddings" not in values and "n_positions" not in values:
+        config.max_position_embeddings = text.context
+    return AutoModelForCausalLM.from_config(config)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise DataError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model only {rows}: give the model's own tokenizer"
+        )
+
+
+def choose_context(model: PreTrainedModel, text: TextArguments) -> int:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if text.context is not None and limit is not None and text.context > limit:
+        raise DataError(f"--context {text.context} is longer than the model's {limit} positions")
+    return text.context or min(limit or 1024, 1024)
+
+
+def perplexities(trainer: Trainer, held_out: Windows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Loss in nats per predicted token, and both perplexities."""
+    # All windows are equally long, so that the mean of their losses is the mean over tokens.
+    loss = trainer.evaluate()["eval_loss"]
+    everything = held_out.windows.flatten()
+    size = len(tokenizer.decode(everything, clean_up_tokenization_spaces=False).encode("utf-8"))
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "byte_perplexity": math.exp(loss * everything.numel() / size),
+        "bytes_per_token": size / everything.numel(),
+    }
+
+
+if __name__ == "__main__":
+    main("language_modeling", (ModelArguments, TextArguments, MultiMaxTrainingArguments), make_job)
