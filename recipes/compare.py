@@ -1,0 +1,356 @@
+"""Compare normalizers honestly: the arms of a recipe, each with the same seeds, data order, initial weights and budget.
+
+    python -m recipes.compare recipes/configs/compare_lm_web.yaml
+    python -m recipes.compare recipes/configs/compare_lm_web.yaml --budget time
+    python -m recipes.compare recipes/configs/compare_lm_web.yaml --seeds 0 1 2 3 4 --jobs 2
+
+Every run is the recipe's own command in a process of its own. What has finished is not run again; an interrupted run
+goes on from its last checkpoint. The table pairs each arm with the reference, seed by seed; ``comparison.json`` and
+``curves.png`` are written to the output folder.
+
+``--budget time`` gives each arm the processor time of the reference instead of its number of steps, by the step times
+that the comparison with equal steps has measured, which must have finished.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+from tqdm import tqdm
+
+from recipes.common import RESULTS, environment, read_yaml, write_json
+from recipes.data import DataError
+
+COMPARISON = "comparison.json"
+RECIPES = ("language_modeling", "image_classification", "translation")
+#: Fewer pairs make a p-value that says nothing.
+SEEDS_FOR_P = 5
+CONFIDENCE = 0.95
+
+
+@dataclass
+class Plan:
+    """What a comparison's YAML file says.
+
+    Attributes:
+        recipe: name of the recipe.
+        config: its YAML file.
+        arms: name -> the recipe's options that make the arm.
+        reference: the arm that the others are compared with.
+        metric: the metric that decides; lower_is_better says which way.
+        seeds: one run of each arm for each.
+        options: the recipe's options that all arms share, over those of ``config``.
+        processes: of each run, by torchrun.
+        budget: "steps" or "time".
+        jobs: runs at a time, which share the processor's cores.
+    """
+
+    recipe: str
+    config: str
+    arms: dict[str, dict[str, Any]]
+    reference: str
+    metric: str
+    lower_is_better: bool
+    output_dir: str
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    options: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    budget: str = "steps"
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise DataError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        if self.reference not in self.arms:
+            raise DataError(f"the reference {self.reference!r} is none of the arms {', '.join(self.arms)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise DataError(f"seeds must be different and at least one, got {self.seeds}")
+        if self.budget not in ("steps", "time"):
+            raise DataError(f"budget must be steps or time, got {self.budget!r}")
+        if self.processes < 1 or self.jobs < 1:
+            raise DataError("processes and jobs must be at least 1")
+
+    @property
+    def folder(self) -> Path:
+        """Where this comparison writes; that of equal time lies in that of equal steps."""
+        return Path(self.output_dir) / ("equal_time" if self.budget == "time" else "")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one arm."""
+
+    arm: str
+    seed: int
+    folder: Path
+    command: list[str]
+
+    def results(self) -> dict[str, Any] | None:
+        """What it wrote, if it has finished.
+
+        Raises:
+            DataError: if what is there came from another command.
+        """
+        path = self.folder / RESULTS
+        if not path.exists():
+            return None
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if results["command"] != shlex.join(self.command):
+            raise DataError(
+                f"{path} came from another command ({results['command']}): choose another --output_dir or delete it"
+            )
+        return results
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run what is missing, then write and print the comparison; exits with 1 if runs are missing."""
+    try:
+        plan, command = parse(sys.argv[1:] if arguments is None else arguments)
+        runs = list(plan_runs(plan))
+        for run in runs:
+            run.results()
+        execute(runs, plan)
+        comparison = compare(plan, runs, command)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    write_json(plan.folder / COMPARISON, comparison)
+    draw(comparison, plan.folder / "curves.png")
+    print_table(comparison)
+    if not comparison["complete"]:
+        sys.exit(1)
+    return comparison
+
+
+def parse(arguments: list[str]) -> tuple[Plan, str]:
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plan", type=Path, help="YAML file: recipe, config, arms, reference, metric, ...")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these of the plan's arms, and the reference")
+    parser.add_argument("--output_dir")
+    parser.add_argument("--budget", choices=("steps", "time"))
+    parser.add_argument("--processes", type=int, help="of each run, by torchrun")
+    parser.add_argument("--jobs", type=int, help="runs at a time")
+    options = parser.parse_args(arguments)
+    values = read_yaml(options.plan)
+    known = {f.name: f for f in fields(Plan)}
+    wrong = sorted(values.keys() - known.keys())
+    if wrong:
+        raise DataError(f"{options.plan} has unknown options: {', '.join(wrong)}")
+    for name in ("seeds", "output_dir", "budget", "processes", "jobs"):
+        if getattr(options, name) is not None:
+            values[name] = getattr(options, name)
+    if options.arms:
+        missing = [name for name in options.arms if name not in values.get("arms", {})]
+        if missing:
+            raise DataError(f"{options.plan} has no arms {', '.join(missing)}: it has {', '.join(values['arms'])}")
+        chosen = {*options.arms, values.get("reference")}
+        values["arms"] = {name: arm for name, arm in values["arms"].items() if name in chosen}
+    try:
+        plan = Plan(**values)
+    except TypeError as error:
+        raise DataError(f"{options.plan}: {error}") from error
+    return plan, shlex.join(["python", "-m", "recipes.compare", *arguments])
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+def plan_runs(plan: Plan) -> Iterator[Run]:
+    """Seed by seed, so that an interrupted comparison has whole pairs."""
+    steps = equal_time_steps(plan) if plan.budget == "time" else {}
+    for seed in plan.seeds:
+        for arm, options in plan.arms.items():
+            folder = plan.folder / arm / f"seed{seed}"
+            given = {**plan.options, **options, **steps.get(arm, {}), "seed": seed, "output_dir": folder.as_posix()}
+            given["resume_from_checkpoint"] = "last"
+            words = [word for name, value in given.items() for word in (f"--{name}", _word(value))]
+            yield Run(arm, seed, folder, ["python", "-m", f"recipes.{plan.recipe}", plan.config, *words])
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def equal_time_steps(plan: Plan) -> dict[str, dict[str, int]]:
+    """The number of steps that costs each arm what the reference's steps cost it, by the measured step times."""
+    path = Path(plan.output_dir) / COMPARISON
+    if not path.exists():
+        raise DataError(f"--budget time needs the step times of {path}: run the comparison with --budget steps first")
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    missing = [arm for arm in plan.arms if arm not in measured["summary"]]
+    if missing:
+        raise DataError(f"{path} has no runs of {', '.join(missing)}: run the comparison with --budget steps first")
+    cost = {arm: measured["summary"][arm]["cpu_seconds_per_step"]["mean"] for arm in plan.arms}
+    steps = measured["arms"][plan.reference]["runs"][0]["training"]["steps"]
+    return {arm: {"max_steps": max(1, round(steps * cost[plan.reference] / cost[arm]))} for arm in plan.arms}
+
+
+def execute(runs: list[Run], plan: Plan) -> None:
+    """Run what has no results yet; a run that fails leaves ``log.txt`` in its folder and the others go on."""
+    missing = [run for run in runs if run.results() is None]
+    progress = tqdm(total=len(runs), initial=len(runs) - len(missing), desc="runs", unit="run")
+    with progress, ThreadPoolExecutor(plan.jobs) as pool:
+        for run, code in zip(missing, pool.map(lambda run: start(run, plan), missing)):
+            progress.update()
+            if code:
+                progress.write(f"{run.arm}, seed {run.seed} ended with {code}: see {run.folder / 'log.txt'}")
+
+
+def start(run: Run, plan: Plan) -> int:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // (plan.jobs * plan.processes))
+    variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    launcher = [sys.executable]
+    if plan.processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={plan.processes}"]
+    with (run.folder / "log.txt").open("w", encoding="utf-8") as log:
+        done = subprocess.run(
+            [*launcher, *run.command[1:]], stdout=log, stderr=subprocess.STDOUT, env=variables, check=False
+        )
+    return done.returncode
+
+
+# -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def compare(plan: Plan, runs: list[Run], command: str) -> dict[str, Any]:
+    """The ``comparison.json`` of what has finished.
+
+    Raises:
+        DataError: if nothing has.
+    """
+    finished: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in plan.arms}
+    for run in runs:
+        results = run.results()
+        if results is not None:
+            finished[run.arm][run.seed] = results
+    measured = {arm: {seed: figures(results) for seed, results in by_seed.items()} for arm, by_seed in finished.items()}
+    if not any(measured.values()):
+        raise DataError(f"no run has finished: see the log.txt files in {plan.folder}")
+    example = next(results for by_seed in finished.values() for results in by_seed.values())
+    reference = measured[plan.reference]
+    return {
+        "kind": "comparison",
+        "schema": 1,
+        "task": example["task"],
+        "command": command,
+        "recipe": plan.recipe,
+        "config": plan.config,
+        "budget": plan.budget,
+        "reference": plan.reference,
+        "seeds_asked": len(plan.seeds),
+        "complete": all(len(by_seed) == len(plan.seeds) for by_seed in finished.values()),
+        "metric": plan.metric,
+        "lower_is_better": plan.lower_is_better,
+        "data": example["data"],
+        "arms": {
+            arm: {"overrides": plan.arms[arm], "runs": [by_seed[seed] for seed in sorted(by_seed)]}
+            for arm, by_seed in finished.items()
+        },
+        "summary": {arm: summarize(by_seed) for arm, by_seed in measured.items()},
+        "paired": {arm: pair(measured[arm], reference) for arm in plan.arms if arm != plan.reference},
+        **environment(),
+    }
+
+
+def figures(results: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a run that are compared."""
+    numbers = {**results["metrics"], **results["time"], "peak_bytes": results["memory"]["peak_bytes"]}
+    return {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
+
+
+def summarize(by_seed: dict[int, dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Mean, standard deviation (None for one seed) and number of seeds of each figure."""
+    columns: dict[str, list[float]] = {}
+    for numbers in by_seed.values():
+        for name, value in numbers.items():
+            columns.setdefault(name, []).append(value)
+    return {
+        name: {
+            "mean": statistics.fmean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+            "n": len(values),
+        }
+        for name, values in columns.items()
+    }
+
+
+def pair(arm: dict[int, dict[str, float]], reference: dict[int, dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Arm minus reference, over the seeds that both have: mean, 95 % interval (Student's t), p of the paired t-test."""
+    seeds = sorted(arm.keys() & reference.keys())
+    names = [name for name in arm[seeds[0]] if name in reference[seeds[0]]] if seeds else []
+    return {name: _paired([arm[seed][name] - reference[seed][name] for seed in seeds]) for name in names}
+
+
+def _paired(differences: list[float]) -> dict[str, Any]:
+    n, mean = len(differences), statistics.fmean(differences)
+    low = high = p = None
+    if n > 1:
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(differences) / n**0.5
+        low, high = mean - half, mean + half
+    if n >= SEEDS_FOR_P and statistics.stdev(differences) > 0:
+        p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return {"difference": mean, "low": low, "high": high, "n": n, "p": p}
+
+
+# -- showing -----------------------------------------------------------------------------------------------------------
+
+
+def print_table(comparison: dict[str, Any]) -> None:
+    metric, reference = comparison["metric"], comparison["reference"]
+    cost = comparison["summary"][reference]
+    rows = [("", metric, "difference", "95 % interval", "p", "step time", "memory", "seeds")]
+    for arm, summary in comparison["summary"].items():
+        if not summary:
+            rows.append((arm, "-", "-", "-", "-", "-", "-", "0"))
+            continue
+        value, paired = summary[metric], comparison["paired"].get(arm, {}).get(metric)
+        rows.append(
+            (
+                arm,
+                f"{value['mean']:.4f}" + ("" if value["std"] is None else f" ± {value['std']:.4f}"),
+                f"{paired['difference']:+.4f}" if paired else "-",
+                f"{paired['low']:+.4f} to {paired['high']:+.4f}" if paired and paired["low"] is not None else "-",
+                f"{paired['p']:.3g}" if paired and paired["p"] is not None else "-",
+                _ratio(summary, cost, "cpu_seconds_per_step"),
+                _ratio(summary, cost, "peak_bytes"),
+                str(value["n"]),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    print()
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print(
+        f"\n{'Lower' if comparison['lower_is_better'] else 'Higher'} is better; step time and memory over {reference}'s."
+    )
+    if not comparison["complete"]:
+        print(f"Not all runs have finished: {comparison['seeds_asked']} seeds were asked for. Run the command again.")
+
+
+def _ratio(summary: dict[str, Any], reference: dict[str, Any], name: str) -> str:
+    return f"{summary[name]['mean'] / reference[name]['mean']:.2f}" if name in summary and name in reference else "-"
+
+
+def draw(comparison: dict[str, Any], path: Path) -> None:
+    """The arms' evaluation losses over the steps, mean and range over the seeds."""
+    from recipes.report import draw_curves
+
+    draw_curves(comparison, path)
+
+
+if __name__ == "__main__":
+    main()
