@@ -334,9 +334,8 @@ def print_table(comparison: dict[str, Any]) -> None:
     print()
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    print(
-        f"\n{'Lower' if comparison['lower_is_better'] else 'Higher'} is better; step time and memory over {reference}'s."
-    )
+    better = "Lower" if comparison["lower_is_better"] else "Higher"
+    print(f"\n{better} is better; step time (processor seconds) and peak memory are multiples of {reference}'s.")
     if not comparison["complete"]:
         print(f"Not all runs have finished: {comparison['seeds_asked']} seeds were asked for. Run the command again.")
 
