@@ -1,5 +1,6 @@
 """MultiMax for Hugging Face Transformers: a learnable, sparse and multi-modal SoftMax in any model."""
 
+import importlib
 from typing import Any
 
 from hf_multimax.attention import multimax_attention
@@ -36,7 +37,12 @@ __all__ = [
     "registered_normalizers",
     "rowwise",
     "MultiMax",
+    "MultiMaxCallback",
     "MultiMaxConfig",
+    "MultiMaxSeq2SeqTrainer",
+    "MultiMaxSeq2SeqTrainingArguments",
+    "MultiMaxTrainer",
+    "MultiMaxTrainingArguments",
     "Normalizer",
     "__version__",
     "backend",
@@ -48,6 +54,7 @@ __all__ = [
     "multimax_linear_cross_entropy",
     "multimax_parameters",
     "normalize",
+    "parameter_groups",
     "patch_model",
     "print_trainable_parameters",
     "register_normalizer",
@@ -57,10 +64,19 @@ __all__ = [
 register_extension_points()
 
 
-def __getattr__(name: str) -> Any:
-    """Import what needs the Trainer, which is slow to import, when it is asked for."""
-    if name == "SparsityAnnealing":
-        from hf_multimax.annealing import SparsityAnnealing
+#: What needs the Trainer, which is slow to import, is imported when it is asked for.
+_LAZY = {
+    "MultiMaxCallback": "training",
+    "MultiMaxSeq2SeqTrainer": "training",
+    "MultiMaxSeq2SeqTrainingArguments": "training",
+    "MultiMaxTrainer": "training",
+    "MultiMaxTrainingArguments": "training",
+    "SparsityAnnealing": "annealing",
+    "parameter_groups": "training",
+}
 
-        return SparsityAnnealing
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"hf_multimax.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

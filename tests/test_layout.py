@@ -31,6 +31,7 @@ ORDER = (
     "annealing",
     "diagnostics",
     "plots",
+    "training",
     "__init__",
 )
 
