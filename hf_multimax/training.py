@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from hf_multimax.diagnostics import attention_statistics
+from hf_multimax.modulator import Normalizer
 from hf_multimax.patching import multimax_parameters
 
 __all__ = [
@@ -208,7 +209,7 @@ class MultiMaxCallback(TrainerCallback):
                 callback.on_log(args, state, control, model=model, logs=dict(logs))
 
     def _measured(self, model: nn.Module) -> Iterator[tuple[str, float]]:
-        if not self.batches or self.trainer.eval_dataset is None:
+        if not self.batches or self.trainer.eval_dataset is None or not _has_attention(model):
             return
         loader = self.trainer.get_eval_dataloader(_one_of(self.trainer.eval_dataset))
         batches = itertools.islice(loader, self.batches)
@@ -279,6 +280,11 @@ def _separate(optimizer: torch.optim.Optimizer, scalars: list[nn.Parameter], rat
         if moved:
             group["params"] = [p for p in group["params"] if id(p) not in ours]
             optimizer.add_param_group({**group, "params": moved, "lr": rate})
+
+
+def _has_attention(model: nn.Module) -> bool:
+    layers = (name for name, module in model.named_modules() if isinstance(module, Normalizer))
+    return any(not name.endswith(OUTPUT) for name in layers)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -52,13 +52,13 @@ SOFTMAX = "softmax"
 
 @dataclass
 class ModelArguments:
-    """The model, and what stands in SoftMax's place."""
+    """The model, and what stands in SoftMax's place. The two JSON options are dicts once they are parsed."""
 
     model: str | None = field(
         default=None, metadata={"help": "checkpoint to fine-tune, a folder or a Hub id; none: pre-train from scratch"}
     )
-    model_config: dict | str = field(
-        default_factory=dict,
+    model_config: str = field(
+        default="{}",
         metadata={"help": "the fields of the architecture's config when pre-training, JSON; the recipe has defaults"},
     )
     normalizer: str | None = field(
@@ -67,7 +67,7 @@ class ModelArguments:
             "help": "any registered function; softmax is the stock model. Default: multimax, or what the checkpoint has"
         },
     )
-    normalizer_kwargs: dict | str = field(default_factory=dict, metadata={"help": "options of the normalizer, JSON"})
+    normalizer_kwargs: str = field(default="{}", metadata={"help": "options of the normalizer, JSON"})
     attention: bool = field(default=True, metadata={"help": "replace the SoftMax of attention"})
     output: bool = field(default=False, metadata={"help": "modulate the output logits (multimax only)"})
     order: int | None = field(default=None, metadata={"help": "number of terms of the modulator (2, 1 with affine)"})
@@ -147,16 +147,20 @@ def main(
     logging.basicConfig(format="%(message)s")
     logging.getLogger("recipes").setLevel(logging.INFO)
     arguments = sys.argv[1:] if arguments is None else arguments
+    folder = None
     try:
         *parsed, training = parse(recipe, argument_classes, arguments)
         check_output(training)
+        folder = Path(training.output_dir)
         set_seed(training.seed)
         job = make_job(*parsed, training)
         trainer = build_trainer(job, training)
     except (DataError, ValueError, OSError) as error:
         if os.environ.get("HF_MULTIMAX_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        if folder is not None and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # the Trainer makes it early
+        sys.exit(f"error: {' '.join(str(error).split())}")
     command = shlex.join(["python", "-m", f"recipes.{recipe}", *arguments])
     return run(job, trainer, training, command)
 

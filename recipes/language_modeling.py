@@ -28,6 +28,7 @@ from hf_multimax.training import MultiMaxTrainingArguments
 from recipes.common import Job, ModelArguments, build_model, main
 from recipes.data import BUILT_IN_TEXTS, DataError, describe_text, encode, load_text, train_tokenizer
 
+IGNORED = -100
 DEFAULT_CONFIG = {"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128}
 
 
@@ -67,16 +68,25 @@ class TextArguments:
 
 
 class Windows(Dataset):
-    """Consecutive windows of a text's tokens; what does not fill the last one is left out."""
+    """Consecutive windows of a text's tokens; what does not fill the last one is left out.
+
+    The first token of a window has no label: the Trainer divides the loss by the number of labels.
+    """
 
     def __init__(self, tokens: Tensor, context: int) -> None:
         self.windows = tokens[: len(tokens) // context * context].view(-1, context)
+        self.labels = self.windows.clone()
+        self.labels[:, 0] = IGNORED
+
+    def cut(self, count: int | None) -> None:
+        """Keep the first windows only."""
+        self.windows, self.labels = self.windows[:count], self.labels[:count]
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+        return {"input_ids": self.windows[index], "labels": self.labels[index]}
 
 
 def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTrainingArguments) -> Job:
@@ -91,7 +101,7 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
     for part, name in ((train, text.data), (held_out, text.validation_data or f"the held-out end of {text.data}")):
         if not len(part):
             raise DataError(f"{name} has less than one window of {context} tokens: give more text or a smaller context")
-    held_out.windows = held_out.windows[: text.max_eval_windows]
+    held_out.cut(text.max_eval_windows)
     return Job(
         task="text-generation",
         model=model,
@@ -173,5 +183,7 @@ def perplexities(trainer: Trainer, held_out: Windows, tokenizer: PreTrainedToken
     }
 
 
+RECIPE = ("language_modeling", (ModelArguments, TextArguments, MultiMaxTrainingArguments), make_job)
+
 if __name__ == "__main__":
-    main("language_modeling", (ModelArguments, TextArguments, MultiMaxTrainingArguments), make_job)
+    main(*RECIPE)
