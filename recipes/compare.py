@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from recipes.common import RESULTS, environment, read_yaml, write_json
 from recipes.data import DataError
+from recipes.report import draw_curves
 
 COMPARISON = "comparison.json"
 RECIPES = ("language_modeling", "image_classification", "translation")
@@ -125,7 +126,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         sys.exit(f"error: {error}")
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_json(plan.folder / COMPARISON, comparison)
-    draw(comparison, plan.folder / "curves.png")
+    draw_curves(comparison, plan.folder / "curves.png")
     print_table(comparison)
     if not comparison["complete"]:
         sys.exit(1)
@@ -342,13 +343,6 @@ def print_table(comparison: dict[str, Any]) -> None:
 
 def _ratio(summary: dict[str, Any], reference: dict[str, Any], name: str) -> str:
     return f"{summary[name]['mean'] / reference[name]['mean']:.2f}" if name in summary and name in reference else "-"
-
-
-def draw(comparison: dict[str, Any], path: Path) -> None:
-    """The arms' evaluation losses over the steps, mean and range over the seeds."""
-    from recipes.report import draw_curves
-
-    draw_curves(comparison, path)
 
 
 if __name__ == "__main__":
