@@ -1,0 +1,248 @@
+"""Write up what comparisons measured: a model card and figures for each, and the README's table of evidence.
+
+    python -m recipes.report
+    python -m recipes.report --check
+
+Every ``recipes/results/<name>.json`` of kind "comparison" (a copy of what ``recipes.compare`` wrote) becomes
+``model_cards/<name>.md`` with ``docs/<name>.png``, its learning curves, and ``docs/<name>-modulators.png``; the lines
+between ``<!-- evidence -->`` and ``<!-- /evidence -->`` in README.md are replaced. No figure comes from anywhere else.
+``--check`` writes nothing and exits with 1, naming the files, if one of them is not what it would be.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_multimax.cards import model_card
+from hf_multimax.plots import plot_modulators
+from hf_multimax.results import Results, metric_label, one_line
+
+__all__ = ["draw_curves", "main"]
+
+ROOT = Path(__file__).parents[1]
+#: Of the cards in this repository; weights made from the built-in data carry the licence of the code.
+LICENSE = "apache-2.0"
+TASKS = {
+    "text-generation": "language modelling",
+    "image-classification": "image classification",
+    "translation": "translation",
+}
+_EVIDENCE = re.compile(r"(<!-- evidence -->\n).*?(<!-- /evidence -->)", flags=re.DOTALL)
+_COLORS = ("0.35", "C3", "C1", "C0", "C2", "C4", "C5", "C6", "C8", "C9")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write everything, or check it; exits with a sentence where that is not possible."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a file is out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository's root")
+    options = parser.parse_args(arguments)
+    try:
+        comparisons = find_comparisons(options.root)
+        texts = render(options.root, comparisons)
+        if options.check:
+            check(options.root, comparisons, texts)
+        else:
+            write(options.root, comparisons, texts)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def find_comparisons(root: Path) -> dict[str, Results]:
+    """The comparisons in ``recipes/results``, by name; other JSON files there are passed over.
+
+    Raises:
+        ValueError: if there is none, or one cannot be read.
+    """
+    found = {}
+    for path in sorted((root / "recipes" / "results").glob("*.json")):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from error
+        if not isinstance(values, dict) or values.get("kind") != "comparison":
+            continue
+        if path.stem == "template":
+            raise ValueError(f"{path}: its card would replace model_cards/template.md: give it another name")
+        found[path.stem] = Results(path)
+    if not found:
+        raise ValueError(
+            f"there is no comparison in {root / 'recipes' / 'results'}: run recipes.compare, and copy its "
+            "comparison.json there as <name>.json"
+        )
+    return found
+
+
+def render(root: Path, comparisons: Mapping[str, Results]) -> dict[Path, str]:
+    """What every text file should hold: the cards and the README."""
+    texts = {}
+    for name, results in comparisons.items():
+        links = {path.name: f"../docs/{path.name}" for path, _ in figures(root, name, results)}
+        card = model_card(
+            None,
+            results,
+            name=name,
+            license=LICENSE,
+            curves=links[f"{name}.png"],
+            modulator_figure=links.get(f"{name}-modulators.png"),
+        )
+        texts[root / "model_cards" / f"{name}.md"] = str(card)
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if len(_EVIDENCE.findall(text)) != 1:
+        raise ValueError(f"{readme} must have the lines `<!-- evidence -->` and `<!-- /evidence -->` once")
+    texts[readme] = _EVIDENCE.sub(lambda match: f"{match[1]}{evidence(comparisons)}{match[2]}", text)
+    return texts
+
+
+def write(root: Path, comparisons: Mapping[str, Results], texts: Mapping[Path, str]) -> None:
+    """Draw the figures, then write the texts that show them."""
+    for folder in ("docs", "model_cards"):
+        (root / folder).mkdir(exist_ok=True)
+    for name, results in comparisons.items():
+        for path, draw in figures(root, name, results):
+            draw(path)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    print(f"wrote {', '.join(str(path.relative_to(root)) for path in texts)} and their figures")
+
+
+def check(root: Path, comparisons: Mapping[str, Results], texts: Mapping[Path, str]) -> None:
+    """Exit with 1 if a file is missing or not up to date. A figure carries the digest of its results."""
+    stale = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for name, results in comparisons.items():
+        digest = _digest(results.values).encode()
+        stale += [
+            path for path, _ in figures(root, name, results) if not path.exists() or digest not in path.read_bytes()
+        ]
+    if stale:
+        names = ", ".join(str(path.relative_to(root)) for path in stale)
+        sys.exit(f"not up to date: {names}. Run `python -m recipes.report`")
+
+
+# -- the README --------------------------------------------------------------------------------------------------------
+
+
+def evidence(comparisons: Mapping[str, Results]) -> str:
+    """The README's section: one table over all comparisons, and where each came from."""
+    p_values = any(results.has_p_values for results in comparisons.values())
+    header = ["task and data", "arm", "metric", "mean ± std", "difference, 95 % interval"]
+    header += ["p"] * p_values + ["verdict", "seeds", "step time", "memory"]
+    lines = [_row(header), "|" + "---|" * len(header)]
+    for name, results in comparisons.items():
+        arrow = "↓" if results.values["lower_is_better"] else "↑"
+        title = _title(name, results)
+        for arm in results.arms:
+            p_value = [results.p_value(arm)] if p_values else []
+            measured = [results.measured(arm, results.metric), results.difference(arm), *p_value, results.verdict(arm)]
+            costs = [results.ratio(arm, figure) for figure in (results.step_time, "peak_bytes")]
+            metric = f"{metric_label(results.metric)} {arrow}"
+            lines.append(_row([title, f"`{one_line(arm)}`", metric, *measured, results.seeds(arm), *costs]))
+            title = ""
+    lines += [
+        "",
+        "Mean and standard deviation over seeds. The difference is arm minus reference, seed by seed; the reference is",
+        "the arm without one, and step time and peak memory are multiples of its own. All figures are in",
+        "`recipes/results/`, and `python -m recipes.report` writes them up. They came from:",
+        "",
+    ]
+    for name, results in comparisons.items():
+        missing = f" Not complete: {' '.join(results.unfinished)}" if results.unfinished else ""
+        lines.append(f"- {name}: `{' '.join(results.values['command'].split())}`.{missing}")
+    return "\n".join(lines) + "\n"
+
+
+def _title(name: str, results: Results) -> str:
+    task, data = results.values["task"], one_line(results.values["data"]["name"])
+    budget = ", equal time" if results.values.get("budget") == "time" else ""
+    return f"[{TASKS.get(task, task)}, {data}{budget}](model_cards/{name}.md)"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def figures(root: Path, name: str, results: Results) -> Iterator[tuple[Path, Callable[[Path], None]]]:
+    """The path of every figure of a comparison, and the function that draws it there."""
+    mark = {"Description": _digest(results.values)}
+    yield root / "docs" / f"{name}.png", lambda path: draw_curves(results.values, path, mark)
+    arm, run = next(
+        ((arm.name, run) for arm in results.arms.values() for run in arm.runs if _has_modulators(run)), (None, None)
+    )
+    if run:
+        title = f"{arm}, seed {run['seed']}"
+        yield root / "docs" / f"{name}-modulators.png", lambda path: _draw_modulators(run["layers"], title, path, mark)
+
+
+def _has_modulators(run: Mapping[str, Any]) -> bool:
+    return any(values.get("ranges") for values in run.get("layers", {}).values())
+
+
+def _draw_modulators(layers: Mapping[str, Any], title: str, path: Path, metadata: Mapping[str, str]) -> None:
+    figure = plot_modulators(layers)
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=80, metadata=metadata)
+
+
+def draw_curves(comparison: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Draw the losses of a comparison over the steps: the mean of each arm, and one standard deviation around it.
+
+    Args:
+        comparison: what comparison.json holds. The evaluation losses are drawn, or where an arm has fewer than two of
+            them, all arms' training losses.
+        path: the file to write.
+        metadata: stored in the file, as its format allows.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'hf-multimax[plots]'") from error
+    runs = {arm: entry["runs"] for arm, entry in comparison["arms"].items() if entry["runs"]}
+    evaluated = all(len(_curve(of_arm, "eval_loss")) > 1 for of_arm in runs.values())
+    key = "eval_loss" if evaluated else "loss"
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for color, (arm, of_arm) in zip(_COLORS * len(runs), runs.items()):
+        points = _curve(of_arm, key)
+        steps, means = list(points), [statistics.fmean(values) for values in points.values()]
+        spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
+        axes.plot(steps, means, color=color, linewidth=1.2, label=arm)
+        low, high = ([m + sign * s for m, s in zip(means, spreads)] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+    seeds = sorted({run["seed"] for of_arm in runs.values() for run in of_arm})
+    title = f"{comparison['data']['name']}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
+    axes.set(xlabel="step", ylabel="evaluation loss" if evaluated else "training loss")
+    axes.set_title(title, fontsize="medium")
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=80, metadata=metadata)
+
+
+def _curve(runs: list[Mapping[str, Any]], key: str) -> dict[int, list[float]]:
+    """The values at every step that all runs have, step by step."""
+    curves = [
+        {point["step"]: point[key] for point in run.get("curve", ()) if point.get(key) is not None} for run in runs
+    ]
+    steps = sorted(set.intersection(*map(set, curves)))
+    return {step: [curve[step] for curve in curves] for step in steps}
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()
