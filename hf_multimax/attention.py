@@ -168,11 +168,12 @@ def _attend(
             return kernel.attention(q, k, v, ranges, ts, mask=mask, causal=causal, scale=scale, **features), None
         del features["affine"]
     elif normalizer is not None and _in_tiles(q, k, mask, features["sinks"], weights_wanted):
-        names, parameters = zip(*normalizer.named_parameters()) if list(normalizer.parameters()) else ((), ())
+        unhooked = _Unhooked(normalizer)
+        names, parameters = zip(*unhooked.named_parameters()) if list(unhooked.parameters()) else ((), ())
         del features["sinks"]
 
         def rows(scores: Tensor, keep: Tensor | None, *values: Tensor) -> Tensor:
-            return torch.func.functional_call(normalizer, dict(zip(names, values)), (scores, -1, keep))
+            return torch.func.functional_call(unhooked, dict(zip(names, values)), (scores, -1, keep))
 
         return tiled.rowwise_attention(
             rows, parameters, q, k, v, mask=mask, causal=causal, scale=scale, **features
@@ -192,6 +193,17 @@ def _attend(
         scale=scale,
         **features,
     )
+
+
+class _Unhooked(nn.Module):
+    """A normalizer without its hooks: those of FSDP2 would end its backward pass after the first tile."""
+
+    def __init__(self, normalizer: Normalizer) -> None:
+        super().__init__()
+        self.normalizer = normalizer
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.normalizer.forward(*args)
 
 
 def _in_tiles(q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor | None, weights_wanted: bool) -> bool:

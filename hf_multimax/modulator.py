@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from hf_multimax.functional import compute_dtype, masked_softmax, modulate
 
@@ -143,7 +145,15 @@ def _is_count(value: Any) -> bool:
 
 @contextlib.contextmanager
 def on_its_device(module: nn.Module | None) -> Iterator[None]:
-    """Let accelerate bring an offloaded module's parameters, whose methods are called rather than the module itself."""
+    """Have a module's parameters whole and in place where its methods are called rather than the module itself.
+
+    Offloading by accelerate and sharding by FSDP2 bring parameters in hooks of ``forward``, which does not run then.
+
+    Raises:
+        ValueError: if FSDP's mixed precision has rounded the parameters.
+    """
+    if module is not None:
+        _gather(module)
     hook = getattr(module, "_hf_hook", None)
     if hook is None:
         yield
@@ -153,3 +163,20 @@ def on_its_device(module: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(module, None)
+
+
+def _gather(module: nn.Module) -> None:
+    """All-gather what ``fully_shard`` has sharded in a unit of its own, once per step; see ``distributed``."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule) and any(isinstance(p, DTensor) for p in part.parameters(recurse=False)):
+            # Accelerate gives one policy to every unit; this one is read again at every all-gather.
+            part._get_fsdp_state()._fsdp_param_group.mp_policy = MixedPrecisionPolicy()
+            part.unshard()
+    if getattr(module, "_is_fsdp_managed_module", False):
+        rounded = next((p.dtype for p in module.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+        if rounded is not None:
+            raise ValueError(
+                f"FSDP's mixed precision rounds the scalars of {type(module).__name__} to {rounded}: call "
+                "hf_multimax.distributed.shard_modulators(model) before fully_shard, or list "
+                f"{type(module).__name__} in Accelerate's fsdp_transformer_layer_cls_to_wrap, with fsdp_version 2"
+            )

@@ -72,7 +72,8 @@ def modulated_forward(
         raise ValueError("output=True does not support auxiliary losses: set config.output_router_logits to False")
 
     if fused is not None and model._output_is_fusible:
-        logits, loss = None, fused(hidden[0], labels, rest)
+        with on_its_device(model.multimax_output):
+            logits, loss = None, fused(hidden[0], labels, rest)
     else:
         # The loss sees the modulated logits before they are rounded to the model's type.
         with on_its_device(model.multimax_output):
