@@ -1,0 +1,362 @@
+"""Image classification: pre-train from scratch or fine-tune a checkpoint, with any normalizer.
+
+    python -m recipes.image_classification recipes/configs/image_fashion_small.yaml
+    python -m recipes.image_classification recipes/configs/image_fashion_small.yaml --normalizer softmax --output_dir o
+    python -m recipes.image_classification recipes/configs/vit_base_finetune.yaml --data my_images
+
+A folder has the layout ``train/<class>/<image>`` and ``validation/<class>/<image>``. The default architecture is the
+authors': no class token, mean pooling, which is SigLIP's vision classifier. The image processor that is saved with the
+model does what the evaluation here does, so that a pipeline gives the same logits (for models of three channels:
+pipelines make every image RGB).
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    ViTImageProcessorPil,
+)
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.utils import ModelOutput
+
+from hf_multimax.discovery import attention_layers
+from hf_multimax.training import MultiMaxTrainingArguments
+from recipes.augmentation import AugmentationArguments
+from recipes.common import Job, ModelArguments, build_model, main
+from recipes.data import DataError
+from recipes.images import (
+    MODES,
+    ArrayImages,
+    ImageBatches,
+    LabelledImages,
+    check_readable,
+    describe_augmentation,
+    describe_images,
+    load_images,
+    only,
+)
+
+logger = logging.getLogger(__name__)
+
+VISION_MODEL = "siglip_vision_model"
+DEFAULT_CONFIG = {
+    "model_type": VISION_MODEL,
+    "image_size": 28,
+    "patch_size": 4,
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 192,
+}
+
+
+@dataclass
+class ImageArguments:
+    """The images, and how the model sees them."""
+
+    data: str = field(
+        default="fashion-mnist",
+        metadata={"help": "fashion-mnist, a folder <split>/<class>/<image>, or a Hub set as name[:configuration]"},
+    )
+    train_split: str = field(default="train", metadata={"help": "name of the split to train on"})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "of the held-out split; default: validation, val, valid or test"}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "of a Hub set; default: its image column"})
+    label_column: str | None = field(default=None, metadata={"help": "of a Hub set; default: its class label column"})
+    max_train_images: int | None = field(default=None, metadata={"help": "train on a random choice of that many"})
+    max_eval_images: int | None = field(default=None, metadata={"help": "evaluate on a random choice of that many"})
+    check_images: bool = field(
+        default=True, metadata={"help": "decode every image once before training, to find those that cannot be read"}
+    )
+    eval_crop: float = field(
+        default=1.0,
+        metadata={"help": "pre-training: the share of a side that evaluation's centre crop keeps; 1: the whole image"},
+    )
+    stochastic_depth: float = field(
+        default=0.0,
+        metadata={"help": "probability to drop a residual branch of the last block; it grows linearly from 0"},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eval_crop <= 1:
+            raise DataError(f"--eval_crop must be more than 0 and at most 1, got {self.eval_crop}")
+        if not 0 <= self.stochastic_depth < 1:
+            raise DataError(f"--stochastic_depth must be at least 0 and less than 1, got {self.stochastic_depth}")
+        for name in ("max_train_images", "max_eval_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise DataError(f"--{name} must be positive, got {value}")
+
+
+def make_job(
+    options: ModelArguments,
+    arguments: ImageArguments,
+    augmentation: AugmentationArguments,
+    training: MultiMaxTrainingArguments,
+) -> Job:
+    """Finds the images, makes or loads model and image processor."""
+    with training.main_process_first(desc="reading the data"):
+        train, held_out = load_images(
+            arguments.data,
+            arguments.train_split,
+            arguments.validation_split,
+            arguments.image_column,
+            arguments.label_column,
+        )
+        chosen = choose(train, arguments.max_train_images), choose(held_out, arguments.max_eval_images)
+        if arguments.check_images and training.local_process_index == 0 and not isinstance(train, ArrayImages):
+            for images, indices in zip((train, held_out), chosen):
+                check_readable(images, indices, quiet=training.disable_tqdm)
+    model = build_model(options, lambda: stock_model(options, train.classes), training.seed)
+    size, channels = image_shape(model.config)
+    processor = load_processor(options, arguments, train, size, channels)
+    add_stochastic_depth(model, arguments.stochastic_depth)
+    smoothing = training.label_smoothing_factor
+    shape = {"processor": processor, "size": size, "channels": channels}
+    return Job(
+        task="image-classification",
+        model=model,
+        processing_class=processor,
+        train_dataset=ImageBatches(
+            train, chosen[0], **shape, augmentation=augmentation, smoothing=smoothing, seed=training.seed
+        ),
+        eval_dataset=ImageBatches(held_out, chosen[1], **shape),
+        collator=only,
+        evaluate=evaluate,
+        data={
+            **describe_images(arguments.data),
+            "training_examples": len(chosen[0]),
+            "evaluation_examples": len(chosen[1]),
+            "classes": len(train.classes),
+            "image_size": size,
+            "augmentation": describe_augmentation(augmentation),
+            "label_smoothing": smoothing,
+            "stochastic_depth": arguments.stochastic_depth,
+        },
+        headline=("accuracy", "top5_accuracy", "loss"),
+        source=options.model,
+        # The models' own losses take no probabilities as labels.
+        trainer_options={"compute_loss_func": image_loss, "compute_metrics": compute_metrics},
+    )
+
+
+def choose(images: LabelledImages, most: int | None) -> np.ndarray:
+    """The same random choice for every seed, in the order of the images."""
+    if most is None or most >= len(images):
+        return np.arange(len(images))
+    return np.sort(np.random.default_rng(0).permutation(len(images))[:most])
+
+
+# -- the model and its image processor ---------------------------------------------------------------------------------
+
+
+def stock_model(options: ModelArguments, classes: list[str]) -> PreTrainedModel:
+    """The classifier with a head for ``classes``, new or from a checkpoint."""
+    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    if options.model is None:
+        config = new_config({**DEFAULT_CONFIG, **options.model_config}, names)
+        if config.num_labels != len(classes):
+            raise DataError(f"model_config has num_labels {config.num_labels}, but the data has {len(classes)} classes")
+        image_shape(config)
+        return AutoModelForImageClassification.from_config(config)
+    config = AutoConfig.from_pretrained(options.model)
+    if config.num_labels != len(classes):
+        logger.info(
+            f"the head of {options.model} has {config.num_labels} classes and the data {len(classes)}: "
+            "a new head is trained"
+        )
+    image_shape(config)
+    return AutoModelForImageClassification.from_pretrained(options.model, ignore_mismatched_sizes=True, **names)
+
+
+def new_config(values: dict[str, Any], names: dict[str, Any]) -> PreTrainedConfig:
+    """The config of an architecture; that of SigLIP's vision encoder becomes its classifier's."""
+    values = dict(values)
+    kind = values.pop("model_type")
+    if kind != VISION_MODEL:
+        return AutoConfig.for_model(kind, **{**names, **values})
+    asked = {"num_labels": values.pop("num_labels")} if "num_labels" in values else names
+    vision = {"vision_use_head": False, **values}  # the classifier pools by the mean, the head would be dead weight
+    text = {"bos_token_id": None, "eos_token_id": None}  # the classifier has no text model: only its config is there
+    return AutoConfig.for_model("siglip", vision_config=vision, text_config=text, **asked)
+
+
+def image_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height = width and the number of channels of a model's images.
+
+    Raises:
+        DataError: for images that are not square, do not fit the patches, or cannot be had with so many channels.
+    """
+    vision = getattr(config, "vision_config", config)
+    size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+    size, patch = (
+        value[0] if isinstance(value, list | tuple) and len(set(value)) == 1 else value for value in (size, patch)
+    )
+    if not isinstance(size, int):
+        raise DataError(f"the model must take square images, but its image_size is {size}")
+    if isinstance(patch, int) and size % patch:
+        raise DataError(
+            f"images of {size}x{size} do not fit patches of {patch}x{patch}: choose a multiple as image_size"
+        )
+    channels = getattr(vision, "num_channels", 3)
+    if channels not in MODES:
+        raise DataError(f"the model wants {channels} channels, but images are read in 1 (grey) or 3 (colour)")
+    return size, channels
+
+
+def load_processor(
+    options: ModelArguments, arguments: ImageArguments, train: LabelledImages, size: int, channels: int
+) -> ViTImageProcessorPil:
+    """The checkpoint's image processor if it has one, else one for the size, with mean and spread of the data."""
+    if options.model is not None:
+        try:
+            processor = ViTImageProcessorPil.from_pretrained(options.model, do_convert_rgb=channels == 3)
+        except OSError:
+            logger.info(f"{options.model} has no image processor: a new one is saved with the model")
+        else:
+            check_processor(processor, options.model, size, channels)
+            return processor
+    mean, std = pixel_statistics(train, channels)
+    crop = {"size": {"height": size, "width": size}}
+    if arguments.eval_crop < 1:
+        edge = {"shortest_edge": round(size / arguments.eval_crop)}
+        crop = {"size": edge, "do_center_crop": True, "crop_size": {"height": size, "width": size}}
+    return ViTImageProcessorPil(
+        **crop,
+        resample=PILImageResampling.BICUBIC,
+        do_convert_rgb=channels == 3,
+        image_mean=mean,
+        image_std=std,
+    )
+
+
+def check_processor(processor: ViTImageProcessorPil, name: str, size: int, channels: int) -> None:
+    """DataError if the processor makes something else of an image than the model takes."""
+    blank = Image.new(MODES[channels], (size + 1, size))
+    try:
+        shape = processor(blank, return_tensors="np")["pixel_values"].shape[1:]
+    except ValueError as error:
+        raise DataError(f"the image processor of {name} cannot make {channels} channels: {error}") from error
+    if shape != (channels, size, size):
+        raise DataError(
+            f"the image processor of {name} makes {shape[1]}x{shape[2]} pixels, but the model takes {size}x{size}"
+        )
+
+
+def pixel_statistics(images: LabelledImages, channels: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, in [0, 1]: of images in memory, for others those of ImageNet."""
+    if isinstance(images, ArrayImages) and images.images.ndim == 3:
+        values = images.images[:: max(1, len(images) // 10_000)]
+        return [round(float(values.mean() / 255), 4)] * channels, [round(float(values.std() / 255), 4)] * channels
+    if channels == 1:
+        return [float(np.mean(IMAGENET_DEFAULT_MEAN))], [float(np.mean(IMAGENET_DEFAULT_STD))]
+    return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+
+
+# -- stochastic depth --------------------------------------------------------------------------------------------------
+
+
+def add_stochastic_depth(model: PreTrainedModel, last_rate: float) -> None:
+    """Drop residual branches at random in training (Huang et al., 2016), sample by sample, by hooks; nothing is saved.
+
+    The branches are the attention and the MLP of each block. The rate grows linearly over the blocks, from 0 in the
+    first to ``last_rate`` in the last; what stays is scaled so that the expectation does.
+
+    Raises:
+        DataError: if a block has no MLP beside its attention that is added to the residual stream.
+    """
+    if not last_rate:
+        return
+    attentions = list(attention_layers(model))
+    blocks = [model.get_submodule(name.rpartition(".")[0]) for name in attentions]
+    for number, (name, block) in enumerate(zip(attentions, blocks)):
+        mlp = getattr(block, "mlp", None)
+        if not isinstance(mlp, nn.Module):
+            raise DataError(
+                f"--stochastic_depth knows blocks with an attention and an mlp (SigLIP, ViT, DeiT), but {name} of "
+                f"{type(model).__name__} is in a {type(block).__name__}"
+            )
+        rate = last_rate * number / max(1, len(blocks) - 1)
+        if rate:
+            for branch in (model.get_submodule(name), mlp):
+                branch.register_forward_hook(_BranchDrop(rate))
+
+
+class _BranchDrop:
+    """A forward hook that zeroes the output for a random share of the samples."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        if not module.training:
+            return None
+        if isinstance(output, tuple):
+            return (self._drop(output[0]), *output[1:])
+        return self._drop(output)
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        kept = torch.rand(len(branch), *[1] * (branch.ndim - 1), device=branch.device) >= self.rate
+        return branch * kept.to(branch.dtype) / (1 - self.rate)
+
+
+# -- loss and metrics --------------------------------------------------------------------------------------------------
+
+
+def image_loss(outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of class numbers ``[n]`` or probabilities ``[n, classes]``.
+
+    Args:
+        num_items_in_batch: how many elements the labels of all parts of the batch have together, as Trainer counts.
+    """
+    logits = outputs.logits.float()
+    if num_items_in_batch is None:
+        return cross_entropy(logits, labels)
+    elements = logits.shape[-1] if labels.is_floating_point() else 1
+    return cross_entropy(logits, labels, reduction="sum") * elements / num_items_in_batch
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in [0, 1] of logits ``[n, classes]``."""
+    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+    best = logits.topk(min(5, logits.shape[-1])).indices
+    hits = best == labels[:, None]
+    return {"accuracy": hits[:, 0].float().mean().item(), "top5_accuracy": hits.any(1).float().mean().item()}
+
+
+def evaluate(trainer: Trainer) -> dict[str, Any]:
+    """Accuracies and loss over all held-out images."""
+    drops, trainer.args.dataloader_drop_last = trainer.args.dataloader_drop_last, False
+    try:
+        prediction = trainer.predict(trainer.eval_dataset)
+    finally:
+        trainer.args.dataloader_drop_last = drops
+    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+    # Trainer's own loss counts twice what fills up the last batch of several processes.
+    loss = cross_entropy(logits.float(), labels).item()
+    metrics = {**compute_metrics(EvalPrediction(logits, labels)), "loss": loss}
+    trainer.log({f"eval_{name}": value for name, value in metrics.items()})
+    return metrics
+
+
+RECIPE = (
+    "image_classification",
+    (ModelArguments, ImageArguments, AugmentationArguments, MultiMaxTrainingArguments),
+    make_job,
+)
+
+if __name__ == "__main__":
+    main(*RECIPE)
