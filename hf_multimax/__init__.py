@@ -57,6 +57,7 @@ __all__ = [
     "parameter_groups",
     "patch_model",
     "print_trainable_parameters",
+    "push",
     "register_normalizer",
     "unpatch_model",
 ]
@@ -64,7 +65,7 @@ __all__ = [
 register_extension_points()
 
 
-#: What needs the Trainer, which is slow to import, is imported when it is asked for.
+#: What needs the Trainer, which is slow to import, or the Hub is imported when it is asked for.
 _LAZY = {
     "MultiMaxCallback": "training",
     "MultiMaxSeq2SeqTrainer": "training",
@@ -73,6 +74,7 @@ _LAZY = {
     "MultiMaxTrainingArguments": "training",
     "SparsityAnnealing": "annealing",
     "parameter_groups": "training",
+    "push": "hub",
 }
 
 

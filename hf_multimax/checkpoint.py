@@ -1,9 +1,16 @@
 """A MultiMax checkpoint: how its config.json differs from a native one, and whether what was loaded fits it."""
 
+import contextlib
 import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
 
 from hf_multimax.attention import IMPLEMENTATION
 from hf_multimax.remote import AUTO_MAP
@@ -12,8 +19,11 @@ __all__ = [
     "MODEL_TYPE",
     "check_implementation",
     "check_loaded",
+    "check_safetensors",
+    "check_values",
     "disk_form",
     "implementation_refused",
+    "naming_damaged_weights",
     "native_form",
     "stored_config",
 ]
@@ -23,6 +33,11 @@ logger = logging.getLogger(__name__)
 #: ``model_type`` of a checkpoint on disk.
 MODEL_TYPE = "multimax"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+#: Names of config fields that count or measure something, e.g. n_embd, hidden_size, num_attention_heads, d_ff.
+_SIZE = re.compile(
+    r"(num|n|d)_.*|.*_(sizes?|dims?|layers|heads?|channels|groups|experts|length|positions|embeddings)|depths?|size"
+)
+_CANNOT_BE_ZERO = ("vocab_size", "hidden_size", "d_model", "n_embd", "num_attention_heads", "num_heads", "n_head")
 
 
 def disk_form(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
@@ -70,6 +85,76 @@ def check_implementation(requested: Any) -> None:
             check_implementation(value)
         elif value not in (None, IMPLEMENTATION):
             raise ValueError(implementation_refused(value))
+
+
+def check_values(values: dict[str, Any], within: str = "") -> None:
+    """Refuse what a config.json, or a part of it called ``within``, must not ask for, before anything is built.
+
+    Raises:
+        ValueError: for a negative size, an attention implementation, which may name code to fetch, or weights that
+            are no safetensors; the text names the field.
+    """
+    for key, value in values.items():
+        name = f"{within}{key}"
+        if isinstance(value, dict):
+            if key != "multimax":
+                check_values(value, f"{name}.")
+        elif "attn_implementation" in key and value not in (None, IMPLEMENTATION):
+            raise ValueError(f"config.json: {name} must be {IMPLEMENTATION!r} or left out, got {value!r}")
+        elif key == "transformers_weights" and not str(value).endswith((".safetensors", ".safetensors.index.json")):
+            raise ValueError(f"config.json: {name} must name safetensors, got {value!r}")
+        elif _SIZE.fullmatch(key):
+            # lists of layers may count from the last one
+            sizes = [value] if not isinstance(value, list) else [] if key.endswith("layers") else value
+            at_least = 1 if key in _CANNOT_BE_ZERO else 0
+            if any(isinstance(size, int | float) and size < at_least for size in sizes):
+                raise ValueError(f"config.json: {name} must be at least {at_least}, got {value!r}")
+
+
+def check_safetensors(path: Any, stored: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Raise OSError if a folder or repository, whose config.json is ``stored``, has no safetensors.
+
+    Left to itself, Transformers asks an online service to convert pickled weights, and gives it the user's token.
+    """
+    if path is None or os.path.isfile(path) or kwargs.get("gguf_file") or stored.get("transformers_weights"):
+        return
+    subfolder, variant = kwargs.get("subfolder") or "", f".{kwargs['variant']}." if kwargs.get("variant") else "."
+    hub = {key: kwargs[key] for key in ("revision", "token", "local_files_only", "cache_dir") if key in kwargs}
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        if has_file(path, os.path.join(subfolder, variant.join(name.rsplit(".", 1))), **hub):
+            return
+    raise OSError(
+        f"no {SAFE_WEIGHTS_NAME} was found in {str(path)!r} (nor in the cache): MultiMax checkpoints are read from "
+        "safetensors only, since pickled weights can run code. Save the model again with save_pretrained."
+    )
+
+
+@contextlib.contextmanager
+def naming_damaged_weights(path: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Turn the error of a damaged safetensors file into an OSError that names the file."""
+    try:
+        yield
+    except SafetensorError as error:
+        names = ", ".join(file.name for file in _weights(path, kwargs) if _damaged(file)) or "a file of the weights"
+        raise OSError(
+            f"{names} of {str(path)!r} is damaged or cut off ({error}). Load it again with force_download=True; "
+            "if that does not help, it was saved or uploaded incompletely."
+        ) from error
+
+
+def _weights(path: Any, kwargs: dict[str, Any]) -> list[Path]:
+    """The safetensors of a folder, or of a repository's snapshot in the cache."""
+    hub = {key: kwargs[key] for key in ("revision", "cache_dir", "subfolder") if key in kwargs}
+    config = cached_file(path, "config.json", local_files_only=True, **hub)
+    return sorted(Path(config).parent.glob("*.safetensors"))
+
+
+def _damaged(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):
+            return False
+    except SafetensorError:
+        return True
 
 
 def stored_config(cls: type[PreTrainedModel], path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,11 @@ __all__ = ["MultiMaxConfig"]
 
 logger = logging.getLogger(__name__)
 
+#: Beyond it, scores of a few hundred overflow float32.
+MAX_ORDER = 16
+_MAX_PATTERN = 300
+_MAX_REPEATS = 4
+
 
 def _option(default: Any, help: str) -> Any:
     kind = "default_factory" if callable(default) else "default"
@@ -50,6 +55,7 @@ class MultiMaxConfig:
         self._check("normalizer", isinstance(self.normalizer, str) and self.normalizer != "", "must be a name")
         self._check("normalizer_kwargs", _is_json_object(self.normalizer_kwargs), "must be a JSON object")
         self._check("order", _is_int(self.order) and self.order >= 1, "must be an integer >= 1")
+        self._check("order", self.order <= MAX_ORDER, f"must be at most {MAX_ORDER}")
         self._check("order", not (self.affine and self.order != 1), "must be 1 when affine is true")
         self._check("init", self.init in ("identity", "paper"), "must be 'identity' or 'paper'")
         self._check("init_std", _is_positive(self.init_std), "must be a number > 0")
@@ -111,10 +117,33 @@ class MultiMaxConfig:
         listed = isinstance(value, list | tuple) and all(isinstance(p, str) for p in value)
         self._check(name, value is None or isinstance(value, str) or listed, "must be a string, a list of them or null")
         for pattern in self.patterns(name):
+            self._check(name, len(pattern) <= _MAX_PATTERN, f"must have at most {_MAX_PATTERN} characters a pattern")
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"MultiMaxConfig.{name}: {pattern!r} is no regular expression ({error})") from error
+            if _may_take_forever(pattern):
+                raise ValueError(
+                    f"MultiMaxConfig.{name}: {pattern!r} could take forever to match: use at most {_MAX_REPEATS} of "
+                    "* + ? {n}, none of them on a group that has one inside, or alternatives, and no comments"
+                )
+
+
+def _may_take_forever(pattern: str) -> bool:
+    """Whether a pattern could need exponential time, or a high power of it, on the name of a module."""
+    if re.search(r"\(\?(#|[a-zA-Z]*x)", pattern):  # comments, in which anything could hide
+        return True
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern)  # escapes and classes match one character
+    plain = re.sub(r"\(\?(P<\w+>|<?[=!]|[a-zA-Z-]*:?)", "(", plain)  # a question mark that is no repeat
+    repeat = r"(?:[*+?]|\{\d*,?\d*\})[?+]?"
+    if len(re.findall(repeat, plain)) > _MAX_REPEATS:
+        return True
+    while group := re.search(rf"\(([^()]*)\)({repeat})?", plain):  # from the inside out
+        has_choice = re.search(rf"{repeat}|\|", group[1])
+        if group[2] and has_choice:
+            return True
+        plain = plain[: group.start()] + ("x?" if has_choice or group[2] else "x") + plain[group.end() :]
+    return False
 
 
 def _is_int(value: Any) -> bool:

@@ -10,8 +10,10 @@ import copy
 import functools
 import json
 import logging
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
@@ -29,8 +31,11 @@ from hf_multimax.checkpoint import (
     MODEL_TYPE,
     check_implementation,
     check_loaded,
+    check_safetensors,
+    check_values,
     disk_form,
     implementation_refused,
+    naming_damaged_weights,
     native_form,
     stored_config,
 )
@@ -46,6 +51,16 @@ __all__ = ["MultiMaxAutoConfig", "MultiMaxConfigMixin", "MultiMaxMixin", "attach
 logger = logging.getLogger(__name__)
 
 _PREFIX = "MultiMax"
+_PUSH_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "revision",
+    "create_pr",
+    "tags",
+    "license",
+)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -102,6 +117,8 @@ class MultiMaxConfigMixin:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
         attention = "multimax" in config_dict and MultiMaxConfig.from_dict(config_dict["multimax"]).attention
+        if "multimax" in config_dict:
+            check_values(config_dict)
         if attention:
             check_implementation(kwargs.get("attn_implementation") or config_dict.get("attn_implementation"))
         result = super().from_dict(config_dict, **kwargs)
@@ -120,7 +137,7 @@ class MultiMaxAutoConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
         """A ``MultiMax<Arch>Config``; raises ValueError, naming the field, if config.json says something impossible."""
         base_type = config_dict.get("base_model_type")
-        if base_type not in CONFIG_MAPPING or base_type == MODEL_TYPE:
+        if not isinstance(base_type, str) or base_type not in CONFIG_MAPPING or base_type == MODEL_TYPE:
             raise ValueError(f"config.json: base_model_type must be a model type of Transformers, got {base_type!r}")
         if "multimax" not in config_dict:
             raise ValueError("config.json of a MultiMax checkpoint must have the field 'multimax'; it is missing")
@@ -147,6 +164,8 @@ class MultiMaxMixin:
         if "multimax" not in getattr(config, "__dict__", {}):
             raise ValueError(f"{type(self).__name__} needs a config with a 'multimax' entry: call patch_model instead")
         multimax = MultiMaxConfig.from_dict(config.multimax)
+        with torch.device("meta"):  # raises for what attach would, before the stock model is built
+            build_normalizer(multimax, None)
         if multimax.attention:
             check_implementation(config._attn_implementation)
         config = copy.deepcopy(config)  # the caller's may belong to a model
@@ -212,6 +231,7 @@ class MultiMaxMixin:
             ValueError: if the checkpoint's config has ``multimax`` and a parameter of it is missing, unexpected or of
                 another shape (the text names it), if another attention implementation or pickled weights are asked
                 for, or if config.json says something impossible.
+            OSError: if there are no safetensors, or one of the files is damaged (the text names it).
         """
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("MultiMax checkpoints are read from safetensors only: leave use_safetensors at True")
@@ -219,23 +239,50 @@ class MultiMaxMixin:
         implementation = kwargs.get("attn_implementation")
         if implementation is not None:
             check_implementation(implementation)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            config=config,
-            ignore_mismatched_sizes=True,  # reported below, with the keys' names
-            output_loading_info=True,
-            **kwargs,
-        )
+        check_safetensors(pretrained_model_name_or_path, stored, kwargs)
+        with naming_damaged_weights(pretrained_model_name_or_path, kwargs):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                config=config,
+                ignore_mismatched_sizes=True,  # reported below, with the keys' names
+                output_loading_info=True,
+                **kwargs,
+            )
         check_loaded(model, info, stored, ignore_mismatched_sizes)
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As every ``save_pretrained``, and the loader file. With ``push_to_hub`` what it wrote is published."""
         if "multimax" not in vars(self.config):
             raise ValueError("this MultiMax model's config was replaced by one without a 'multimax' entry: put it back")
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            write_loader(save_directory)
+        hub = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if push_to_hub and name in kwargs}
+        folder = Path(save_directory)
+        before = self._get_files_timestamps(folder) if folder.is_dir() else {}
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if not is_main_process:
+            return
+        write_loader(folder)
+        if push_to_hub:
+            import hf_multimax.hub  # it builds on this module
+
+            after = self._get_files_timestamps(folder)
+            written = [name for name in after if after[name] != before.get(name) and (folder / name).is_file()]
+            hub = {"repo_id": folder.name, "token": kwargs.get("token"), **hub}
+            hf_multimax.hub.publish(self, folder, sorted(written), **hub)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """As every ``push_to_hub``, in one commit with the card and the loader file: see :func:`hf_multimax.push`."""
+        import hf_multimax.hub  # it builds on this module
+
+        return hf_multimax.hub.push(self, repo_id, **kwargs)
 
 
 # -- attaching to a model and detaching from it ------------------------------------------------------------------------
@@ -290,6 +337,10 @@ def attach(model: PreTrainedModel, config: MultiMaxConfig, strict: bool = True) 
     model.config.multimax = config.to_dict()
     model.__class__ = model_class(stock_class)
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "multimax", "multimax_output"}
+    # What accelerate wraps for FSDP2: a modulator is a unit of its own, for its type is not the block's.
+    own = {type(m).__name__ for m in model.modules() if isinstance(m, Normalizer) and list(m.parameters())}
+    model._stock_no_split_modules = model._no_split_modules
+    model._no_split_modules = {*(model._no_split_modules or ()), *own}
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -306,6 +357,8 @@ def detach(model: PreTrainedModel) -> None:
     for config, implementation in model._stock_implementations:
         config._attn_implementation_internal = implementation
     del model._stock_implementations
+    model._no_split_modules = model._stock_no_split_modules
+    del model._stock_no_split_modules
     model._keep_in_fp32_modules_strict = model._keep_in_fp32_modules_strict - {"multimax", "multimax_output"}
     for name in ("fused_output_loss", "_output_loss_checked", "_output_is_fusible"):
         model.__dict__.pop(name, None)
@@ -380,6 +433,8 @@ def model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__doc__": f"{stock.__name__} with MultiMax in the place of SoftMax.",
         "forward": forward,
         "stock_class": stock,
+        # Marian leaves out its positions, since it can compute them: those of a converted model are others.
+        "_keys_to_ignore_on_save": None,
         "_keep_in_fp32_modules_strict": {*(stock._keep_in_fp32_modules_strict or ()), "multimax", "multimax_output"},
     }
     if stock.config_class is not None:

@@ -9,10 +9,12 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 from transformers import (
@@ -27,9 +29,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_multimax.cards import model_card
 from hf_multimax.diagnostics import attention_statistics
 from hf_multimax.modulator import Normalizer
-from hf_multimax.patching import multimax_parameters
+from hf_multimax.patching import is_patched, multimax_parameters
+from hf_multimax.remote import write_loader
 
 __all__ = [
     "MultiMaxArgumentsMixin",
@@ -112,6 +116,16 @@ class MultiMaxTrainerMixin:
         self._check_clip()
         if self.args.multimax_logging and multimax_parameters(self.model):
             self.add_callback(MultiMaxCallback(self))
+        if self.args.push_to_hub and self.is_world_process_zero() and is_patched(self.model):
+            write_loader(self.args.output_dir)  # pushes in the midst of training take what lies there
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's card, with MultiMax's part in it."""
+        super().create_model_card(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        path = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and is_patched(model) and path.exists():
+            model_card(model, existing=ModelCard.load(path), tokenizer=self.processing_class).save(path)
 
     def _check_clip(self) -> None:
         if self.args.max_grad_norm <= 0 or self.args.multimax_clip == "global" or not multimax_parameters(self.model):

@@ -56,6 +56,7 @@ def test_an_unknown_name_is_a_type_error():
         ("order", 2.0),
         ("order", True),
         ("order", "2"),
+        ("order", 17),
         ("affine", 1),
         ("attention", None),
         ("output", "yes"),
@@ -68,6 +69,8 @@ def test_an_unknown_name_is_a_type_error():
         ("include", ["a", 3]),
         ("exclude", "("),
         ("exclude", ["ok", "["]),
+        ("exclude", "a{99999999999}"),
+        ("exclude", "a" * 301),
     ],
 )
 def test_an_impossible_value_is_refused_with_the_fields_name(field, value):
@@ -102,6 +105,40 @@ def test_matching_names():
     config = MultiMaxConfig(include=["decoder", r"h\.[4-7]\."], exclude=r"cross")
     names = ["decoder.0", "encoder.0", "h.5.attn", "h.3.attn", "decoder.cross"]
     assert [name for name in names if config.matches(name)] == ["decoder.0", "h.5.attn"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a+)+$",
+        "((a)+)*b",
+        "((?:a|b))+c",
+        "(?P<n>a*)*",
+        "(?:a?){30}a{30}",
+        "a?" * 30 + "a" * 30,
+        ".*" * 6 + "!",
+        "(?x)#[\n(a+)+$#]",
+        "(?#[)(a+)+$(?#])",
+    ],
+)
+def test_patterns_that_could_take_forever_are_refused(pattern):
+    with pytest.raises(ValueError, match="MultiMaxConfig.include.*forever"):
+        MultiMaxConfig(include=pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"h\.([4-7]|11)\.attn",
+        r"(encoder|decoder)\.layers\.\d+\.self_attn",
+        r".*?attn",
+        "(?i)H.0",
+        "(?!x).*$",
+        "[(+*?]x(a)",
+    ],
+)
+def test_patterns_as_people_write_them_are_taken(pattern):
+    assert MultiMaxConfig(include=pattern).patterns("include") == [pattern]
 
 
 @pytest.mark.parametrize("value", [None, [], "multimax"])

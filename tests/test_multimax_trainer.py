@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from huggingface_hub import ModelCard
 from models import inputs_for, make
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -276,6 +277,17 @@ def test_logging_leaves_training_as_it_was(tmp_path):
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
         assert any("multimax/" in key for entry in run.state.log_history for key in entry) == logging
     assert losses[0] == losses[1]
+
+
+def test_the_trainers_card_has_multimaxs_part(tmp_path):
+    model = patched()
+    run = trainer(model, tmp_path)
+    run.train()
+    run.create_model_card(model_name="mine", tags="a-tag")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"a-tag", "multimax"} <= set(card.data.tags)
+    assert "Training hyperparameters" in card.text and "transformer.h.1.attn" in card.text
+    assert "pip install" in card.text
 
 
 def test_seq2seq(tmp_path):

@@ -7,24 +7,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hub_server import TOKEN, HubServer
 from models import make
 
 from hf_multimax import MultiMaxConfig
 from hf_multimax.registry import get_normalizer, registered_normalizers
+from recipes.data import train_tokenizer
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_every_python_block_runs(tmp_path):
-    """In a folder where "gpt2" is a tiny model, in a process of its own."""
-    make("GPT2LMHeadModel", n_layer=6).save_pretrained(tmp_path / "gpt2")
+    """In a folder where "gpt2" is a tiny model, in a process of its own, and with a Hub of its own."""
+    make("GPT2LMHeadModel", n_layer=6, vocab_size=300).save_pretrained(tmp_path / "gpt2")
+    train_tokenizer("MultiMax is a SoftMax that can keep several peaks.\n", 300, 64).save_pretrained(tmp_path / "gpt2")
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(blocks) >= 4
     (tmp_path / "blocks.py").write_text("\n".join(blocks))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(README.parent), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "blocks.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    with HubServer() as hub:
+        hub.users[TOKEN] = "your-name"
+        done = subprocess.run(
+            [sys.executable, "blocks.py"],
+            cwd=tmp_path,
+            env=environment | hub.environment(tmp_path / "hf"),
+            capture_output=True,
+            text=True,
+            timeout=500,
+            stdin=subprocess.DEVNULL,
+        )
     assert done.returncode == 0, done.stderr
     assert "transformer.h.0.attn.multimax.ranges" in done.stdout
     assert "multimax params: " in done.stdout
