@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_multimax.kernels import cross_entropy as module
+from hf_multimax.kernels import cross_entropy_chunks, cross_entropy_problem
 from hf_multimax.kernels.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_rows,
@@ -252,7 +252,7 @@ def test_non_contiguous_inputs():
 @pytest.mark.parametrize("chunk", [None, 1, 5, 16, 1000])
 @pytest.mark.parametrize("tokens", [1, 2, 17, 64])
 def test_chunks_and_tiles_do_not_matter(tokens, chunk, monkeypatch):
-    monkeypatch.setattr(module, "CPU_TILE", 3 * VOCAB)
+    monkeypatch.setattr(cross_entropy_problem, "CPU_TILE", 3 * VOCAB)
     for reduction in ("sum", "none"):
         check(
             torch.float64,
@@ -301,7 +301,7 @@ def test_logits_never_exist_whole(tokens, vocab, dtype, reduction):
 
 
 def test_workspace_is_bounded(monkeypatch):
-    monkeypatch.setattr(module, "WORKSPACE_BYTES", 2**16)
+    monkeypatch.setattr(cross_entropy_problem, "WORKSPACE_BYTES", 2**16)
     p, labels = inputs(tokens=512, vocab=1000, width=4)
     with LargestTensor() as seen:
         fused(p, labels).backward()
@@ -534,7 +534,7 @@ def kernel(monkeypatch):
     """The Triton kernel on CPU tensors, in blocks that do not divide the vocabulary."""
     triton_module = pytest.importorskip("hf_multimax.kernels.triton_cross_entropy")
     monkeypatch.setattr(triton_module, "BLOCK", 32)
-    monkeypatch.setattr(module, "_row_kernel", lambda problem: triton_module.row_losses)
+    monkeypatch.setattr(cross_entropy_chunks, "row_kernel", lambda problem: triton_module.row_losses)
 
 
 @interpreted

@@ -1,5 +1,6 @@
 """The compiled CPU backend: accuracy of every feature, odd inputs, threads, building, operator registration."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hf_multimax.kernels import native
+from hf_multimax.kernels import native, native_build, native_call
 from tests.attention_cases import CASES, Case, check, reference, run
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native backend here: {native.reason()}")
@@ -46,6 +47,21 @@ def test_results_do_not_change_from_run_to_run():
     tensors, options, grad = _call(Case("", (2, 4, 2, 300, 300)), causal=True)
     first, second = (run(native.attention, tensors, options, grad) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_python_and_cpp_agree_on_the_arguments():
+    library, _ = native_build.load()
+    library.multimax_arguments_size.restype = library.multimax_max_order.restype = ctypes.c_int64
+    assert library.multimax_arguments_size() == native_call.PACKED.size
+    assert library.multimax_max_order() == native.MAX_ORDER
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(0, 3), (3, 0), (0, 0)])
+def test_no_queries_or_no_keys(rows, keys):
+    tensors, options, grad = _call(Case("", (2, 4, 2, rows, keys), bias=(1, 4, rows, keys)))
+    found = run(native.attention, tensors, options, grad)
+    assert all(found[name].shape == tensors[name].shape and not found[name].any() for name in tensors)
+    assert found["out"].shape == (2, 4, rows, 16) and not found["out"].any()
 
 
 def test_any_strides():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_multimax.functional import masked_softmax
-from hf_multimax.kernels import tiled
+from hf_multimax.kernels import tiled, tiles
 from tests.attention_cases import CASES, Case, check, reference, run
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -29,8 +29,8 @@ def test_half_precision_is_no_worse_than_eager(name, dtype):
 @pytest.mark.parametrize("name", ["all", "gqa per head", "window two-sided", "bias per key"])
 @pytest.mark.parametrize("elements", [1, 3000, 20000])
 def test_tiles_of_any_size_in_float64(name, elements, monkeypatch):
-    monkeypatch.setattr(tiled, "TILE_ELEMENTS", elements)
-    monkeypatch.setattr(tiled, "CAUSAL_ROWS", 24)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(tiles, "CAUSAL_ROWS", 24)
     tensors, options, grad = _call(next(c for c in CASES if c.name == name), torch.float64)
     tensors = {key: x.double() for key, x in tensors.items()}
     actual, expected = (run(f, tensors, options, grad) for f in (tiled.attention, reference))
@@ -70,7 +70,7 @@ def test_infinite_queries_make_masked_or_bad_scores():
 
 
 def test_dropout_is_the_same_in_backward_and_fair(monkeypatch):
-    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 2000)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 2000)
     case = Case("", (2, 4, 2, 40, 90), (16, 90), per_head=True)
     tensors, options, grad = _call(case)
     tensors["v"] = torch.eye(90).expand_as(tensors["v"]).clone()  # the output shows the dropped weights
@@ -88,7 +88,7 @@ def _temperature(scores, keep, temperature):
 
 @pytest.mark.parametrize("mask", [None, "boolean", "additive_grad"])
 def test_any_row_function_runs_through_the_tiles(mask, monkeypatch):
-    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 3000)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 3000)
     tensors, options, grad = _call(Case("", (2, 4, 2, 50, 70), mask=mask, bias=(1, 4, 50, 70)), causal=True)
     tensors = {name: x.double() for name, x in tensors.items() if name not in ("ranges", "ts")}
     tensors["temperature"] = torch.rand(4, dtype=torch.float64) + 0.5
@@ -150,6 +150,8 @@ def test_operators_are_registered_fully():
         ({"softcap": 0.0}, ValueError, "softcap"),
         ({"sinks": torch.zeros(3)}, ValueError, "sinks"),
         ({"affine": (torch.ones(3), torch.zeros(()))}, ValueError, "affine scale"),
+        ({"affine": (1.0, 0.0)}, TypeError, "affine scale must be a tensor"),
+        ({"q": torch.zeros(1, 2, 5, 0), "k": torch.zeros(1, 2, 5, 0)}, ValueError, "head dimension"),
     ],
 )
 def test_mistakes_are_named(change, error, phrase):

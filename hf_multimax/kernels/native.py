@@ -4,49 +4,24 @@
 only. Its threads are those of PyTorch's OpenMP runtime.
 """
 
-import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import struct
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import refuse_second_derivative, tiled
+from . import refuse_second_derivative
+from .arguments import Affine, check_arguments, dropout_seed
+from .native_build import load
+from .native_call import TYPES, Call, dense_rows
+from .operators import DIFFERENTIABLE, LIBRARY, define_operator, fake_gradients, fitted
 
 __all__ = ["attention", "available", "reason", "unsupported"]
 
-logger = logging.getLogger(__name__)
-
-Affine = tuple[Tensor, Tensor]
-
-SOURCE = Path(__file__).with_name("native.cpp")
-COMPILE_FLAGS = (
-    "-O3",
-    "-std=c++17",
-    "-fPIC",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
-)
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 MAX_ORDER = 16
 #: query rows of a forward block
 ROW_BLOCK, SMALLEST_ROW_BLOCK = 128, 16
 #: keys below which splitting them over threads costs more than it gains
 SMALLEST_SPLIT = 256
-
-
-# ------------------------------------------------------------------------------------------------------ public
 
 
 def attention(
@@ -74,7 +49,7 @@ def attention(
         ValueError, TypeError: as ``tiled.attention``; ValueError for a feature that :func:`unsupported` names.
         RuntimeError: if the extension could not be built; the text says why.
     """
-    tiled.check_arguments(q, k, v, ranges, ts, mask, bias, affine, dropout_p, causal, window, softcap, sinks)
+    check_arguments(q, k, v, ranges, ts, mask, bias, affine, dropout_p, causal, window, softcap, sinks)
     missing = unsupported(q, k, v, ranges, ts, mask=mask, bias=bias)
     if missing:
         raise ValueError(f"the native backend does not support {missing}; use backend('tiled') or backend('auto')")
@@ -82,7 +57,7 @@ def attention(
     tensors = (q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     window, softcap = -1 if window is None else window, 0.0 if softcap is None else softcap
-    seed = tiled.dropout_seed(dropout_p)
+    seed = dropout_seed(dropout_p)
     arguments = (*tensors, seed, dropout_p, causal, window, scale, softcap)
     unseen = _unseen(q)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
@@ -131,235 +106,12 @@ def unsupported(
 
 def available() -> bool:
     """Whether the extension is built and loaded; builds it at the first call."""
-    return _load()[0] is not None
+    return load()[0] is not None
 
 
 def reason() -> str:
     """Why :func:`available` is False; empty where it is True."""
-    return _load()[1]
-
-
-# ------------------------------------------------------------------------------------------------------ building
-
-
-class BuildError(RuntimeError):
-    """The extension cannot be built or loaded here."""
-
-
-@functools.lru_cache(maxsize=1)
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The loaded extension and an empty text, or None and the reason; logs the reason once."""
-    try:
-        return _build_and_open(), ""
-    except (BuildError, OSError) as error:
-        text = str(error).strip() or type(error).__name__
-        logger.warning("native CPU attention is not available, slower kernels are used: %s", text)
-        return None, text
-
-
-def _build_and_open() -> ctypes.CDLL:
-    if platform.system() != "Linux":
-        raise BuildError(f"it is built on Linux only, this is {platform.system()}")
-    compiler = _compiler()
-    runtime = _openmp_runtime()
-    flags = (*COMPILE_FLAGS, "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native")
-    library = _cache_directory() / f"native-{_fingerprint(compiler, flags, runtime)}.so"
-    if not library.exists():
-        _compile(compiler, flags, runtime, library)
-    try:
-        return _open(library)
-    except OSError:
-        # a file that another system or a full disk left behind
-        _compile(compiler, flags, runtime, library)
-        return _open(library)
-
-
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "g++", "c++"):
-        if name and (found := shutil.which(name)):
-            return found
-    raise BuildError("no C++ compiler was found; install g++ or set CXX")
-
-
-def _openmp_runtime() -> Path:
-    """PyTorch's own OpenMP library: a second one in the process would bring a second pool of threads."""
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    loaded = {Path(line.split(maxsplit=5)[5]) for line in maps if line.count("/")}
-    found = sorted(path for path in loaded if path.name.startswith(("libgomp", "libiomp5")))
-    if not found:
-        raise BuildError("PyTorch was built without a GNU or Intel OpenMP runtime")
-    own = Path(torch.__file__).resolve().parent.parent
-    return next((path for path in found if own in path.parents), found[0])
-
-
-def _cache_directory() -> Path:
-    """HF_MULTIMAX_CACHE, else hf_multimax below the user's cache folder; a temporary folder where it is read-only."""
-    base = os.environ.get("HF_MULTIMAX_CACHE")
-    if base:
-        directory = Path(base)
-    else:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_multimax"
-    try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(directory, os.W_OK):
-            return directory
-    except OSError as error:
-        logger.debug("cannot use %s: %s", directory, error)
-    return Path(tempfile.mkdtemp(prefix="hf_multimax_"))
-
-
-def _fingerprint(compiler: str, flags: Sequence[str], runtime: Path) -> str:
-    """A name for everything that the compiled file depends on."""
-    version = _run([compiler, "--version"])
-    parts = (SOURCE.read_text(), version, " ".join(flags), str(runtime), torch.__version__, _cpu_description())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-
-
-def _cpu_description() -> str:
-    """The processor's model and instruction sets, without what changes from moment to moment."""
-    wanted = ("model name", "flags", "CPU part", "Features")
-    lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    return platform.machine() + "".join(line for line in lines if line.startswith(wanted))
-
-
-def _compile(compiler: str, flags: Sequence[str], runtime: Path, library: Path) -> None:
-    """Compile beside the cache's file and move it there in one step, as other processes may be doing the same."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        compiled, linked = Path(folder) / "native.o", Path(folder) / "native.so"
-        _run([compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)])
-        # linked without -fopenmp, which would add the compiler's own OpenMP runtime
-        _run([compiler, "-shared", str(compiled), str(runtime), "-o", str(linked)])
-        os.replace(linked, library)
-
-
-def _run(command: Sequence[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    except subprocess.CalledProcessError as error:
-        raise BuildError(f"{Path(command[0]).name} failed: {error.stderr.strip()[-500:]}") from error
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{Path(command[0]).name} took longer than {error.timeout:.0f} s") from error
-    return done.stdout
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    library.multimax_arguments_size.restype = ctypes.c_int64
-    if library.multimax_arguments_size() != PACKED.size:
-        raise BuildError(f"{path} was built for another version of this package; delete it")
-    for function in (library.multimax_forward, library.multimax_backward):
-        function.argtypes, function.restype = [ctypes.c_char_p], None
-    return library
-
-
-# ------------------------------------------------------------------------------------------------------ calling
-
-# ``Arguments`` of native.cpp, every field of which is made of 64-bit words. A struct packed at once costs a tenth of
-# a ctypes.Structure filled field by field, which decoding one token would notice.
-VIEWS = ("q", "k", "v", "out", "grad_out", "bias", "mask", "grad_k", "grad_v")
-VIEW_WORDS = 6  # data, four strides, type
-POINTERS = (
-    "out32", "top", "total", "peak", "delta", "grad_q", "grad_bias", "grad_scalars", "ranges", "ts", "affine", "sinks",
-)  # fmt: skip
-STRIDES = "grad_bias_stride"
-INTEGERS = (
-    "batch", "heads", "kv_heads", "rows", "keys", "dim", "value_dim", "order", "parameter_stride", "affine_stride",
-    "causal", "window", "row_block", "splits", "threads", "seed",
-)  # fmt: skip
-REALS = ("scale", "softcap", "dropout")
-
-
-def _offsets() -> tuple[dict[str, int], int]:
-    """The first word of every field, and the number of words."""
-    sizes = [(name, VIEW_WORDS) for name in VIEWS]
-    sizes += [(name, 1) for name in POINTERS] + [(STRIDES, 4)] + [(name, 1) for name in (*INTEGERS, *REALS)]
-    offsets, word = {}, 0
-    for name, size in sizes:
-        offsets[name], word = word, word + size
-    return offsets, word
-
-
-OFFSETS, WORDS = _offsets()
-PACKED = struct.Struct(f"={WORDS - len(REALS)}q{len(REALS)}d")
-
-
-class Call:
-    """The arguments of one C call, and the tensors that its pointers need alive."""
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, ts: Tensor) -> None:
-        self._words: list[int | float] = [0] * WORDS
-        self._kept: list[Tensor] = []
-        self.batch, self.heads, self.rows, dim = q.shape
-        self.kv_heads, self.keys = k.shape[1], k.shape[2]
-        self.order, self.threads = ranges.shape[-1] // 2, torch.get_num_threads()
-        self.set(
-            batch=self.batch, heads=self.heads, rows=self.rows, dim=dim, kv_heads=self.kv_heads, keys=self.keys,
-            value_dim=v.shape[3], order=self.order, parameter_stride=ranges.shape[-1] if ranges.ndim == 2 else 0,
-            threads=self.threads, splits=1,
-        )  # fmt: skip
-        self.views(q=_dense_rows(q), k=_dense_rows(k), v=_dense_rows(v))
-        self.pointers(ranges=_parameter(ranges), ts=_parameter(ts))
-
-    def set(self, **values: int | float) -> None:
-        """Set numbers."""
-        for name, value in values.items():
-            self._words[OFFSETS[name]] = value
-
-    def views(self, **tensors: Tensor) -> None:
-        """Set ``[batch, heads, rows, columns]`` views."""
-        for name, x in tensors.items():
-            self._kept.append(x)
-            start = OFFSETS[name]
-            self._words[start : start + VIEW_WORDS] = x.data_ptr(), *x.stride(), TYPES[x.dtype]
-
-    def pointers(self, **tensors: Tensor) -> None:
-        """Set pointers to contiguous tensors."""
-        for name, x in tensors.items():
-            self._kept.append(x)
-            self._words[OFFSETS[name]] = x.data_ptr()
-
-    def features(
-        self, mask: Tensor | None, bias: Tensor | None, affine_scale: Tensor | None, affine_shift: Tensor | None,
-        sinks: Tensor | None, seed: Tensor | None, dropout_p: float, causal: bool, window: int, scale: float,
-        softcap: float,
-    ) -> None:  # fmt: skip
-        """Set everything that a call may do without."""
-        self.set(causal=causal, window=window, scale=scale, softcap=softcap)
-        shape = (self.batch, self.heads, self.rows, self.keys)
-        for name, tensor in (("mask", mask), ("bias", bias)):
-            if tensor is not None:
-                self.views(**{name: tensor.expand(shape)})
-        if affine_scale is not None and affine_shift is not None:
-            pair = torch.stack(torch.broadcast_tensors(_parameter(affine_scale), _parameter(affine_shift)), -1)
-            self.set(affine_stride=2 if pair.ndim == 2 else 0)
-            self.pointers(affine=pair)
-        if sinks is not None:
-            self.pointers(sinks=_parameter(sinks))
-        if seed is not None:
-            self.set(seed=int(seed), dropout=dropout_p)
-
-    def grad_bias(self, grad: Tensor) -> None:
-        """Set the contiguous accumulator for the bias's gradient."""
-        start = OFFSETS[STRIDES]
-        self._words[start : start + 4] = grad.expand(self.batch, self.heads, self.rows, self.keys).stride()
-        self.pointers(grad_bias=grad)
-
-    def run(self, name: str) -> None:
-        """Call ``multimax_<name>`` of the extension."""
-        library, why = _load()
-        if library is None:
-            raise RuntimeError(f"native CPU attention is not available: {why}; use backend('tiled')")
-        getattr(library, f"multimax_{name}")(PACKED.pack(*self._words))
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """``x`` with unit stride within its rows."""
-    dense = (x.stride(3) == 1 and x.stride(2) >= x.shape[3]) or (x.shape[3] == 1 and x.stride(2) >= 1)
-    return x if dense else x.contiguous()
-
-
-def _parameter(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+    return load()[1]
 
 
 def _forward_split(batch: int, heads: int, rows: int, keys: int, threads: int) -> tuple[int, int]:
@@ -477,7 +229,7 @@ def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _named(stats: Tensor) -> dict[str, Tensor]:
     """A row's largest modulated score, its sum of exponentials relative to that, and that score before sigma."""
-    return {"top": stats[0], "total": stats[1], "peak": stats[2]}
+    return dict(zip(("top", "total", "peak"), stats.unbind()))
 
 
 def _fake_inference(q, k, v, *rest):
@@ -486,6 +238,57 @@ def _fake_inference(q, k, v, *rest):
 
 def _fake_training(q, k, v, *rest):
     return _outputs(q, v)
+
+
+def _compute_gradients(
+    grad_out: Tensor,
+    out32: Tensor,
+    stats: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    ts: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    causal: bool,
+    window: int,
+    scale: float,
+    softcap: float,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of the operators' differentiable arguments, None for those that need none."""
+    inputs = (q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks)
+    if not grad_out.numel() or not k.numel():
+        return [torch.zeros_like(x) if wanted and x is not None else None for x, wanted in zip(inputs, needed)]
+    call = Call(q, k, v, ranges, ts)
+    call.features(mask, bias, affine_scale, affine_shift, sinks, seed, dropout_p, causal, window, scale, softcap)
+    splits = _backward_splits(q, k, bias if needed[6] else None, call.threads)
+    call.set(splits=splits)
+    grad_q = torch.zeros((splits, *q.shape), dtype=torch.float32)
+    grad_k, grad_v = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
+    delta = torch.empty(q.shape[:3], dtype=torch.float32)
+    call.views(grad_out=dense_rows(grad_out), grad_k=grad_k, grad_v=grad_v)
+    call.pointers(out32=out32, delta=delta, grad_q=grad_q, **_named(stats))
+    scalars = grad_bias = None
+    if any(needed[i] for i in (3, 4, 7, 8)):
+        scalars = torch.zeros((splits, call.batch, call.heads, 4 * call.order + 2), dtype=torch.float64)
+        call.pointers(grad_scalars=scalars)
+    if needed[6] and bias is not None:
+        grad_bias = torch.zeros(bias.shape, dtype=torch.float32)
+        call.grad_bias(grad_bias)
+    call.run("backward")
+    grad_ranges, grad_ts, grad_scale, grad_shift = _scalar_gradients(scalars, ranges)
+    found = (
+        grad_q[0] if splits == 1 else grad_q.sum(0), grad_k, grad_v, grad_ranges, grad_ts, None, grad_bias,
+        grad_scale, grad_shift, _sink_gradient(sinks, stats, delta),
+    )  # fmt: skip
+    return [fitted(grad, x) if wanted and x is not None else None for grad, x, wanted in zip(found, inputs, needed)]
 
 
 def _backward(
@@ -510,36 +313,11 @@ def _backward(
     softcap: float,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    inputs = (q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks)
-    if not grad_out.numel() or not k.numel():
-        return [
-            torch.zeros_like(x) if wanted and x is not None else q.new_empty(0) for x, wanted in zip(inputs, needed)
-        ]
-    call = Call(q, k, v, ranges, ts)
-    call.features(mask, bias, affine_scale, affine_shift, sinks, seed, dropout_p, causal, window, scale, softcap)
-    splits = _backward_splits(q, k, bias if needed[6] else None, call.threads)
-    call.set(splits=splits)
-    grad_q = torch.zeros((splits, *q.shape), dtype=torch.float32)
-    grad_k, grad_v = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
-    delta = torch.empty(q.shape[:3], dtype=torch.float32)
-    call.views(grad_out=_dense_rows(grad_out), grad_k=grad_k, grad_v=grad_v)
-    call.pointers(out32=out32, delta=delta, grad_q=grad_q, **_named(stats))
-    scalars = grad_bias = None
-    if any(needed[i] for i in (3, 4, 7, 8)):
-        scalars = torch.zeros((splits, call.batch, call.heads, 4 * call.order + 2), dtype=torch.float64)
-        call.pointers(grad_scalars=scalars)
-    if needed[6] and bias is not None:
-        grad_bias = torch.zeros(bias.shape, dtype=torch.float32)
-        call.grad_bias(grad_bias)
-    call.run("backward")
-    grads = (
-        grad_q[0] if splits == 1 else grad_q.sum(0), grad_k, grad_v, *_scalar_gradients(scalars, call.order),
-        _sink_gradient(sinks, stats, delta),
+    found = _compute_gradients(
+        grad_out, out32, stats, q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks, seed, dropout_p,
+        causal, window, scale, softcap, needed,
     )  # fmt: skip
-    return [
-        tiled.fitted(grad, x) if wanted and x is not None else q.new_empty(0)
-        for grad, x, wanted in zip((*grads[:5], None, grad_bias, *grads[5:]), inputs, needed)
-    ]
+    return [q.new_empty(0) if grad is None else grad for grad in found]
 
 
 def _backward_splits(q: Tensor, k: Tensor, bias: Tensor | None, threads: int) -> int:
@@ -553,12 +331,16 @@ def _backward_splits(q: Tensor, k: Tensor, bias: Tensor | None, threads: int) ->
     return max(1, min(-(-2 * threads // items), k.shape[2] // 64))
 
 
-def _scalar_gradients(partial: Tensor | None, order: int) -> list[Tensor | None]:
-    """Per-head gradients of (ranges, ts, scale, shift) from the partial sums ``[splits, B, H, 4N + 2]``."""
+def _scalar_gradients(partial: Tensor | None, ranges: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of (ranges, ts, scale, shift) from the partial sums ``[splits, B, H, 4N + 2]``.
+
+    Those of scale and shift are per head ``[H]``, those of ranges and ts have their shape.
+    """
     if partial is None:
-        return [None] * 4
-    total = partial.sum((0, 1))
-    return [total[:, : 2 * order], total[:, 2 * order : 4 * order], total[:, -2], total[:, -1]]
+        return (None,) * 4
+    size, total = ranges.shape[-1], partial.sum((0, 1))
+    both = (total if ranges.ndim == 2 else total.sum(0)).to(ranges.dtype)
+    return both[..., :size], both[..., size : 2 * size], total[:, -2], total[:, -1]
 
 
 def _sink_gradient(sinks: Tensor | None, stats: Tensor, delta: Tensor) -> Tensor | None:
@@ -571,11 +353,11 @@ def _sink_gradient(sinks: Tensor | None, stats: Tensor, delta: Tensor) -> Tensor
 
 
 def _fake_backward(grad_out, out32, stats, *rest):
-    return tiled.fake_gradients(rest[: tiled.DIFFERENTIABLE], rest[-1])
+    return fake_gradients(rest[:DIFFERENTIABLE], rest[-1])
 
 
 def _save(ctx, inputs, output) -> None:
-    tensors, ctx.options = inputs[: tiled.DIFFERENTIABLE + 1], inputs[tiled.DIFFERENTIABLE + 1 :]
+    tensors, ctx.options = inputs[: DIFFERENTIABLE + 1], inputs[DIFFERENTIABLE + 1 :]
     out, out32, stats = output
     ctx.save_for_backward(out32 if out32.numel() else out, stats, *tensors)
 
@@ -585,8 +367,8 @@ def _differentiate(ctx, grad_out: Tensor, _grad_out32: Tensor, _grad_stats: Tens
     return _gradients(ctx, grad_out, _backward_op)
 
 
-def _gradients(ctx, grad_out: Tensor, backward: Callable[..., list[Tensor]]) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[: tiled.DIFFERENTIABLE])
+def _gradients(ctx, grad_out: Tensor, backward: Callable[..., Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:DIFFERENTIABLE])
     grads = backward(grad_out, *ctx.saved_tensors, *ctx.options, needed)
     absent = [None] * (1 + len(ctx.options))
     return *(grad if wanted else None for grad, wanted in zip(grads, needed)), *absent
@@ -604,12 +386,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         refuse_second_derivative("native")
-        return _gradients(ctx, grad_out, _backward)
+        return _gradients(ctx, grad_out, _compute_gradients)
 
 
-_inference_op = tiled.define_operator("native_attention", _inference, _fake_inference, "CPU")
-_training_op = tiled.define_operator("native_attention_training", _training, _fake_training, "CPU")
-_backward_op = tiled.define_operator("native_attention_backward", _backward, _fake_backward, "CPU")
+_inference_op = define_operator("native_attention", _inference, _fake_inference, "CPU")
+_training_op = define_operator("native_attention_training", _training, _fake_training, "CPU")
+_backward_op = define_operator("native_attention_backward", _backward, _fake_backward, "CPU")
 torch.library.register_autograd(
-    "hf_multimax::native_attention_training", _differentiate, setup_context=_save, lib=tiled.LIBRARY
+    "hf_multimax::native_attention_training", _differentiate, setup_context=_save, lib=LIBRARY
 )

@@ -107,9 +107,10 @@ def dq_kernel(
 ):
     """One program per tile of queries of one head: dq and delta.
 
-    ``o`` was rounded to the storage type, so rowsum(o * do) is off, in bfloat16 by enough to spoil two digits of the
-    scalars' gradients, which sum everything. The rows' sums of the gradients before the modulator's slope would be zero
-    in exact arithmetic: what is left of them corrects the delta that the other kernels read (float64 if o is float32).
+    rowsum(o * do) is off, by o's rounding to the storage type and by summing in another order than dp does, and the
+    modulator's slope magnifies that: where one weight is 1, it would be all of dq. The rows' sums of the gradients
+    before the slope are zero in exact arithmetic: what is left of them corrects the delta that the other kernels read
+    (float64 if o is float32) and, in float32, dq at its end (in half precision, that would spill registers).
     """
     pid = tl.program_id(0)
     stream = pid // blocks
@@ -145,8 +146,10 @@ def dq_kernel(
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    SUM: tl.constexpr = tl.float32 if peaks is None else tl.float64
+    EXACT: tl.constexpr = peaks is not None
+    SUM: tl.constexpr = tl.float64 if EXACT else tl.float32
     excess = tl.zeros([BLOCK_M], SUM)
+    lever = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
     for phase in tl.static_range(3):
         if phase > 0 or window is not None:
@@ -182,18 +185,23 @@ def dq_kernel(
                     dp = tl.where(keep, dp * keep_scale, 0.0)
                 g = p * (dp - row_delta[:, None])
                 excess += tl.sum(g.to(SUM), 1)
-                ds = g * slope * chain[1]
-                acc += dot(ds.to(k_tile.dtype), k_tile, UPCAST)
+                slope *= chain[1]
+                acc += dot((g * slope).to(k_tile.dtype), k_tile, UPCAST)
+                if EXACT:
+                    lever += dot(p * slope, k_tile, UPCAST)
 
-    dq_base = head_base(dq, s_dq, batch, head, first_row, cu_q)
-    store_rows(dq_base, m0, n_rows, s_dq, acc * scale, BLOCK_M, D, BLOCK_D)
     kept = 1.0
     if sinks is not None:
         log_share = tl.load(sinks + head).to(tl.float32) * LOG2E - norm[0]
         if len(norm) > 1:
             log_share -= norm[1]
         kept = 1.0 - tl.exp2(log_share)
-    tl.store(delta + rows, excess + row_delta * kept, mask=rows < n_rows)
+    true_delta = excess + row_delta * kept
+    tl.store(delta + rows, true_delta, mask=rows < n_rows)
+    if EXACT:
+        acc -= (true_delta - row_delta).to(tl.float32)[:, None] * lever
+    dq_base = head_base(dq, s_dq, batch, head, first_row, cu_q)
+    store_rows(dq_base, m0, n_rows, s_dq, acc * scale, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit
