@@ -524,6 +524,8 @@ def stock_model(
     }
     if values["model_type"] == "marian":
         special["forced_eos_token_id"] = tokenizer.eos_token_id
+        # With the default, meant for wide models, a narrow one takes long to look at the source at all.
+        special["init_std"] = values["d_model"] ** -0.5
         special["max_position_embeddings"] = max(translation.max_length, translation.max_new_tokens + 1)
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(**{**special, **values}))
     # A model that nobody configures should translate as it was evaluated, not at most 20 tokens.

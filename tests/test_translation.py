@@ -423,6 +423,7 @@ def test_the_configured_models_can_be_made():
             model = translation.stock_model(ModelArguments(model_config=values["model_config"]), options, tokenizer)
         translation.check_fit(model, tokenizer, options)
         assert model.config.d_model == values["model_config"]["d_model"]
+        assert model.config.init_std == pytest.approx(model.config.d_model**-0.5)
         assert len(model.model.decoder.layers) == values["model_config"]["decoder_layers"]
 
 
