@@ -340,6 +340,8 @@ def attach(model: PreTrainedModel, config: MultiMaxConfig, strict: bool = True) 
     # What accelerate wraps for FSDP2: a modulator is a unit of its own, for its type is not the block's.
     own = {type(m).__name__ for m in model.modules() if isinstance(m, Normalizer) and list(m.parameters())}
     model._stock_no_split_modules = model._no_split_modules
+    # Marian leaves out its positions, since it can compute them: those of a converted model are others.
+    model._stock_ignored_on_save, model._keys_to_ignore_on_save = model._keys_to_ignore_on_save, set()
     model._no_split_modules = {*(model._no_split_modules or ()), *own}
 
 
@@ -358,7 +360,8 @@ def detach(model: PreTrainedModel) -> None:
         config._attn_implementation_internal = implementation
     del model._stock_implementations
     model._no_split_modules = model._stock_no_split_modules
-    del model._stock_no_split_modules
+    model._keys_to_ignore_on_save = model._stock_ignored_on_save
+    del model._stock_no_split_modules, model._stock_ignored_on_save
     model._keep_in_fp32_modules_strict = model._keep_in_fp32_modules_strict - {"multimax", "multimax_output"}
     for name in ("fused_output_loss", "_output_loss_checked", "_output_is_fusible"):
         model.__dict__.pop(name, None)
@@ -433,8 +436,6 @@ def model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__doc__": f"{stock.__name__} with MultiMax in the place of SoftMax.",
         "forward": forward,
         "stock_class": stock,
-        # Marian leaves out its positions, since it can compute them: those of a converted model are others.
-        "_keys_to_ignore_on_save": None,
         "_keep_in_fp32_modules_strict": {*(stock._keep_in_fp32_modules_strict or ()), "multimax", "multimax_output"},
     }
     if stock.config_class is not None:

@@ -211,12 +211,17 @@ class Results:
         return NOTHING if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
     def verdict(self, arm: str) -> str:
-        """What the 95 % interval of the difference says: ``better``, ``worse`` or ``not told apart``."""
+        """What the 95 % interval of the difference says: ``better``, ``worse`` or ``not told apart``.
+
+        One seed has no interval: ``one seed``.
+        """
         paired = self._paired(arm)
         low, high = paired.get("low"), paired.get("high")
         if arm == self.reference or paired.get("difference") is None:
             return NOTHING
-        if low is None or high is None or low <= 0.0 <= high:
+        if low is None or high is None:
+            return "one seed"
+        if low <= 0.0 <= high:
             return "not told apart"
         return "better" if (high < 0.0) == self.values["lower_is_better"] else "worse"
 
@@ -231,10 +236,16 @@ class Results:
         return NOTHING if figure is None else f"{figure.mean / 1e6:.{decimals_of([figure.mean / 1e6])}f}"
 
     def ratio(self, arm: str, figure: str) -> str:
-        """A cost, ``step_time`` or ``peak_bytes``, of the arm over that of the reference."""
-        own = self.arms[arm].figures.get(figure)
-        other = self.arms[self.reference].figures.get(figure) if self.reference else None
-        return NOTHING if own is None or other is None or other.mean == 0.0 else f"{own.mean / other.mean:.2f}"
+        """A cost, ``step_time`` or ``peak_bytes``, of the arm over the reference's, by the seeds that both have."""
+        own = self._cost_by_seed(arm, figure)
+        other = self._cost_by_seed(self.reference, figure) if self.reference else {}
+        seeds = own.keys() & other.keys()
+        total = sum(other[seed] for seed in seeds)
+        return f"{sum(own[seed] for seed in seeds) / total:.2f}" if total else NOTHING
+
+    def _cost_by_seed(self, arm: str, figure: str) -> dict[int, float]:
+        costs = {run["seed"]: {**run.get("time", {}), **run.get("memory", {})} for run in self.arms[arm].runs}
+        return {seed: cost[figure] for seed, cost in costs.items() if _is_number(cost.get(figure))}
 
     def _decimals(self, metric: str) -> int:
         """Four digits of the smallest mean, and two of the largest deviation, so that a column has one precision."""

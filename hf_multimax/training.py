@@ -145,7 +145,8 @@ class MultiMaxTrainerMixin:
     def _summed_over(self, name: str) -> int:
         """n of the clip for a scalar: how many scores of a row its gradient sums over."""
         if OUTPUT in name:
-            return self.model.get_output_embeddings().weight.shape[0]
+            head = self.model.get_output_embeddings()
+            return self.model.config.num_labels if head is None else head.weight.shape[0]
         if self.args.multimax_clip_keys is None:
             raise ValueError(
                 "multimax_clip='scale' needs multimax_clip_keys, the number of keys that a query usually sees"
@@ -169,11 +170,11 @@ class MultiMaxTrainerMixin:
         others = [p for p in model.parameters() if p.grad is not None and id(p) not in ours]
         limit = self.args.max_grad_norm
         if self.args.multimax_clip == "group":
-            clip_grad_norm_(scalars.values(), self.args.multimax_max_grad_norm or limit)
-            return clip_grad_norm_(others, limit)
+            norm = clip_grad_norm_(scalars.values(), self.args.multimax_max_grad_norm or limit)
+            return clip_grad_norm_(others, limit) if others else norm
         norms = [_whole(get_total_norm([p.grad for p in others]))] if others else []
         norms += [_whole(get_total_norm([p.grad])) / math.sqrt(self._summed_over(name)) for name, p in scalars.items()]
-        norm = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+        norm = torch.linalg.vector_norm(torch.stack([n.float().to(norms[0].device) for n in norms]))
         clip_grads_with_norm_([*others], limit, norm)
         clip_grads_with_norm_(scalars.values(), limit, norm)
         return norm
@@ -226,9 +227,9 @@ class MultiMaxCallback(TrainerCallback):
         if not self.batches or self.trainer.eval_dataset is None or not _has_attention(model):
             return
         loader = self.trainer.get_eval_dataloader(_one_of(self.trainer.eval_dataset))
-        batches = itertools.islice(loader, self.batches)
-        with self.trainer.compute_loss_context_manager():
-            statistics = attention_statistics(model, batches)
+        # A data loader draws a seed: training must see the random numbers that it sees without this log.
+        with self.trainer.compute_loss_context_manager(), torch.random.fork_rng(devices=[]):
+            statistics = attention_statistics(model, itertools.islice(loader, self.batches))
         for layer, measures in statistics.items():
             for name in ("sparsity", "multi_modality", "entropy"):
                 if not math.isnan(measures[name].value):

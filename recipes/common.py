@@ -34,7 +34,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_multimax
 from hf_multimax import MultiMaxConfig, is_patched, multimax_parameters, patch_model, registered_normalizers
@@ -42,11 +41,12 @@ from hf_multimax.diagnostics import attention_statistics
 from hf_multimax.training import MultiMaxTrainer, scalar_values
 from recipes.data import DataError
 
-__all__ = ["Job", "ModelArguments", "RESULTS", "build_model", "main", "normalizer_config", "write_json"]
+__all__ = ["Job", "ModelArguments", "RESULTS", "build_model", "exp", "main", "normalizer_config", "write_json"]
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
+TRAINER_STATE = "trainer_state.json"
 SOFTMAX = "softmax"
 
 
@@ -203,7 +203,7 @@ def check_output(training: TrainingArguments) -> None:
     folder = Path(training.output_dir)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--output_dir {folder} is a file")
-    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    last = last_checkpoint(folder)
     if training.resume_from_checkpoint == "last":
         training.resume_from_checkpoint = last
     elif training.resume_from_checkpoint:
@@ -214,6 +214,20 @@ def check_output(training: TrainingArguments) -> None:
             f"--output_dir {folder} holds an earlier run: choose another folder, or go on with it by "
             "--resume_from_checkpoint last"
         )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in a folder: what the Trainer writes last is there."""
+    whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return checkpoint.name.rpartition("-")[2].isdigit()
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -325,7 +339,7 @@ def run(job: Job, trainer: Trainer, training: TrainingArguments, command: str) -
     timer = StepTimer()
     trainer.add_callback(timer)
     begin = time.perf_counter()
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    train(trainer, training)
     trained = time.perf_counter()
     metrics = job.evaluate(trainer)
     evaluated = time.perf_counter()
@@ -355,9 +369,21 @@ def run(job: Job, trainer: Trainer, training: TrainingArguments, command: str) -
         "layers": layers,
         **environment(),
     }
+    results = _finite(results)
     write_json(Path(training.output_dir) / RESULTS, results)
     print_summary(results, job.headline, training.output_dir)
     return results
+
+
+def train(trainer: Trainer, training: TrainingArguments) -> None:
+    """Train, or load what a run that was interrupted after its last step has left."""
+    checkpoint = training.resume_from_checkpoint
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE)) if checkpoint else None
+    if state is not None and 0 < training.max_steps <= state.global_step:  # the Trainer would do one step more
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _model_entry(job: Job) -> dict[str, Any]:
@@ -393,11 +419,16 @@ def _curve_point(entry: dict[str, Any]) -> dict[str, Any]:
     names = [name for name in ("loss", "eval_loss", "grad_norm") if name in entry]
     if not {"loss", "eval_loss"} & set(names):
         return {}
-    return {"step": entry["step"]} | {name: _number(entry[name]) for name in names}
+    return {"step": entry["step"]} | {name: float(entry[name]) for name in names}
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if math.isfinite(float(value)) else None  # JSON has no NaN
+def _finite(value: Any) -> Any:
+    """The same with None for what is NaN or infinite, which JSON does not have: a model may diverge."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _typical(seconds: list[float]) -> float | None:
@@ -417,7 +448,7 @@ def layer_figures(trainer: Trainer, batches: int = 2) -> dict[str, dict[str, Any
         logger.info(f"no measures of attention: {error}")
         statistics_ = {}
     for layer, measures in statistics_.items():
-        figures[layer] = {name: _number(measure.value) for name, measure in measures.items()}
+        figures[layer] = {name: measure.value for name, measure in measures.items()}
     for layer, scalars in scalar_values(model).items():
         figures.setdefault(layer, {}).update(scalars)
     return figures
@@ -472,7 +503,7 @@ def print_summary(results: dict[str, Any], headline: tuple[str, ...], folder: st
     """One table: the metrics, the cost, and what each layer's attention looks like."""
     time_, multimax = results["time"], results["multimax"]
     rows = [("normalizer", multimax["normalizer"] if multimax else SOFTMAX)]
-    rows += [(name, f"{results['metrics'][name]:.4f}") for name in headline]
+    rows += [(name, _shown(results["metrics"][name])) for name in headline]
     rows += [
         ("steps", f"{results['training']['steps']:,}"),
         ("processes", f"{results['training']['world_size']}"),
@@ -488,6 +519,15 @@ def print_summary(results: dict[str, Any], headline: tuple[str, ...], folder: st
     width = max(len(name) for name, _ in rows)
     print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     print(f"\nModel and {RESULTS} are in {folder}.", flush=True)
+
+
+def exp(loss: float) -> float:
+    """A perplexity; infinite where a model has diverged."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 _PRINTED = ("sparsity", "multi_modality", "entropy")

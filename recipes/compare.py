@@ -28,6 +28,7 @@ from typing import Any
 from scipy import stats
 from tqdm import tqdm
 
+from hf_multimax.results import Results
 from recipes.common import RESULTS, environment, read_yaml, write_json
 from recipes.data import DataError
 from recipes.report import draw_curves
@@ -126,8 +127,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         sys.exit(f"error: {error}")
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_json(plan.folder / COMPARISON, comparison)
-    draw_curves(comparison, plan.folder / "curves.png")
     print_table(comparison)
+    draw_curves(comparison, plan.folder / "curves.png")
     if not comparison["complete"]:
         sys.exit(1)
     return comparison
@@ -191,7 +192,7 @@ def equal_time_steps(plan: Plan) -> dict[str, dict[str, int]]:
     if not path.exists():
         raise DataError(f"--budget time needs the step times of {path}: run the comparison with --budget steps first")
     measured = json.loads(path.read_text(encoding="utf-8"))
-    missing = [arm for arm in plan.arms if arm not in measured["summary"]]
+    missing = [arm for arm in plan.arms if "cpu_seconds_per_step" not in measured["summary"].get(arm, {})]
     if missing:
         raise DataError(f"{path} has no runs of {', '.join(missing)}: run the comparison with --budget steps first")
     cost = {arm: measured["summary"][arm]["cpu_seconds_per_step"]["mean"] for arm in plan.arms}
@@ -241,6 +242,8 @@ def compare(plan: Plan, runs: list[Run], command: str) -> dict[str, Any]:
     measured = {arm: {seed: figures(results) for seed, results in by_seed.items()} for arm, by_seed in finished.items()}
     if not any(measured.values()):
         raise DataError(f"no run has finished: see the log.txt files in {plan.folder}")
+    if not any(plan.metric in numbers for by_seed in measured.values() for numbers in by_seed.values()):
+        raise DataError(f"no run has the metric {plan.metric!r} that the plan names")
     example = next(results for by_seed in finished.values() for results in by_seed.values())
     reference = measured[plan.reference]
     return {
@@ -292,7 +295,7 @@ def summarize(by_seed: dict[int, dict[str, float]]) -> dict[str, dict[str, Any]]
 def pair(arm: dict[int, dict[str, float]], reference: dict[int, dict[str, float]]) -> dict[str, dict[str, Any]]:
     """Arm minus reference, over the seeds that both have: mean, 95 % interval (Student's t), p of the paired t-test."""
     seeds = sorted(arm.keys() & reference.keys())
-    names = [name for name in arm[seeds[0]] if name in reference[seeds[0]]] if seeds else []
+    names = [n for n in arm[seeds[0]] if all(n in arm[s] and n in reference[s] for s in seeds)] if seeds else []
     return {name: _paired([arm[seed][name] - reference[seed][name] for seed in seeds]) for name in names}
 
 
@@ -312,10 +315,10 @@ def _paired(differences: list[float]) -> dict[str, Any]:
 
 def print_table(comparison: dict[str, Any]) -> None:
     metric, reference = comparison["metric"], comparison["reference"]
-    cost = comparison["summary"][reference]
+    results = Results(comparison)
     rows = [("", metric, "difference", "95 % interval", "p", "step time", "memory", "seeds")]
     for arm, summary in comparison["summary"].items():
-        if not summary:
+        if metric not in summary:
             rows.append((arm, "-", "-", "-", "-", "-", "-", "0"))
             continue
         value, paired = summary[metric], comparison["paired"].get(arm, {}).get(metric)
@@ -326,8 +329,8 @@ def print_table(comparison: dict[str, Any]) -> None:
                 f"{paired['difference']:+.4f}" if paired else "-",
                 f"{paired['low']:+.4f} to {paired['high']:+.4f}" if paired and paired["low"] is not None else "-",
                 f"{paired['p']:.3g}" if paired and paired["p"] is not None else "-",
-                _ratio(summary, cost, "cpu_seconds_per_step"),
-                _ratio(summary, cost, "peak_bytes"),
+                results.ratio(arm, results.step_time),
+                results.ratio(arm, "peak_bytes"),
                 str(value["n"]),
             )
         )
@@ -336,13 +339,9 @@ def print_table(comparison: dict[str, Any]) -> None:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     better = "Lower" if comparison["lower_is_better"] else "Higher"
-    print(f"\n{better} is better; step time (processor seconds) and peak memory are multiples of {reference}'s.")
+    print(f"\n{better} is better; step time and peak memory are multiples of {reference}'s.")
     if not comparison["complete"]:
         print(f"Not all runs have finished: {comparison['seeds_asked']} seeds were asked for. Run the command again.")
-
-
-def _ratio(summary: dict[str, Any], reference: dict[str, Any], name: str) -> str:
-    return f"{summary[name]['mean'] / reference[name]['mean']:.2f}" if name in summary and name in reference else "-"
 
 
 if __name__ == "__main__":

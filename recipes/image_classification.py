@@ -179,7 +179,9 @@ def stock_model(options: ModelArguments, classes: list[str]) -> PreTrainedModel:
             "a new head is trained"
         )
     image_shape(config)
-    return AutoModelForImageClassification.from_pretrained(options.model, ignore_mismatched_sizes=True, **names)
+    return AutoModelForImageClassification.from_pretrained(
+        options.model, ignore_mismatched_sizes=True, dtype=torch.float32, **names
+    )
 
 
 def new_config(values: dict[str, Any], names: dict[str, Any]) -> PreTrainedConfig:

@@ -8,10 +8,10 @@ Perplexity is exp of the mean loss over the held-out tokens, per token and per b
 of each window is not predicted.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from hf_multimax.training import MultiMaxTrainingArguments
-from recipes.common import Job, ModelArguments, build_model, main
+from recipes.common import Job, ModelArguments, build_model, exp, main
 from recipes.data import BUILT_IN_TEXTS, DataError, describe_text, encode, load_text, train_tokenizer
 
 IGNORED = -100
@@ -144,7 +144,7 @@ def load_tokenizer(options: ModelArguments, text: TextArguments, train_text: str
 
 def stock_model(options: ModelArguments, text: TextArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     if options.model is not None:
-        return AutoModelForCausalLM.from_pretrained(options.model)
+        return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     values = {**DEFAULT_CONFIG, **options.model_config}
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     sizes = {"vocab_size": len(tokenizer), **special}
@@ -177,8 +177,8 @@ def perplexities(trainer: Trainer, held_out: Windows, tokenizer: PreTrainedToken
     size = len(tokenizer.decode(everything, clean_up_tokenization_spaces=False).encode("utf-8"))
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
-        "byte_perplexity": math.exp(loss * everything.numel() / size),
+        "perplexity": exp(loss),
+        "byte_perplexity": exp(loss * everything.numel() / size),
         "bytes_per_token": size / everything.numel(),
     }
 

@@ -150,8 +150,10 @@ def evidence(comparisons: Mapping[str, Results]) -> str:
     lines += [
         "",
         "Mean and standard deviation over seeds. The difference is arm minus reference, seed by seed; the reference is",
-        "the arm without one, and step time and peak memory are multiples of its own. All figures are in",
-        "`recipes/results/`, and `python -m recipes.report` writes them up. They came from:",
+        "the arm without one, and step time and peak memory (of the whole process, evaluation and attention",
+        "statistics included) are multiples of its own, over the seeds that both have. Intervals are not corrected for",
+        "the number of arms. All figures are in `recipes/results/`, and `python -m recipes.report` writes them up.",
+        "They came from:",
         "",
     ]
     for name, results in comparisons.items():

@@ -13,7 +13,6 @@ the same length, and count the queries that are padding.
 import copy
 import io
 import json
-import math
 import random
 import tempfile
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_multimax.training import MultiMaxSeq2SeqTrainer, MultiMaxSeq2SeqTrainingArguments
-from recipes.common import Job, ModelArguments, build_model, main, write_json
+from recipes.common import Job, ModelArguments, build_model, exp, main, write_json
 from recipes.data import DataError, describe, help_sentences, load_text
 
 HELP = "help-en-de"
@@ -124,6 +123,11 @@ def read_data(options: TranslationArguments) -> tuple[list[Pair], list[Pair]]:
         split = options.validation_split or "validation"
         return pairs, read_pairs(options.validation_data, options.validation_target_data, split, options)
     if options.validation_split:
+        if options.data == HELP or options.target_data or Path(options.data).suffix in _READERS:
+            raise DataError(
+                f"--validation_split {options.validation_split} is a part of a Hub data set, which {options.data} is "
+                "not: give --validation_data, or the option's value null in the YAML file"
+            )
         return pairs, read_pairs(options.data, None, options.validation_split, options)
     if len(pairs) <= options.validation_size:
         raise DataError(
@@ -512,7 +516,7 @@ def stock_model(
     options: ModelArguments, translation: TranslationArguments, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     if options.model is not None:
-        return AutoModelForSeq2SeqLM.from_pretrained(options.model)
+        return AutoModelForSeq2SeqLM.from_pretrained(options.model, dtype=torch.float32)
     values = {**DEFAULT_CONFIG, **options.model_config}
     if values["model_type"] != DEFAULT_CONFIG["model_type"]:
         values = options.model_config
@@ -574,7 +578,7 @@ def measure(
         "bleu": bleu.corpus_score(translations, [references]).score,
         "chrf": chrf.corpus_score(translations, [references]).score,
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": exp(loss),
         "bleu_signature": str(bleu.get_signature()),
         "chrf_signature": str(chrf.get_signature()),
         "num_beams": options.num_beams,

@@ -227,7 +227,7 @@ def test_missing_seeds_are_said(model):
 def test_one_seed_has_no_interval(model):
     results = Results(comparison_of(model, seeds=(0,)))
     assert "[" not in results.difference("multimax-attention")
-    assert results.verdict("multimax-attention") == "not told apart"
+    assert results.verdict("multimax-attention") == "one seed"
     assert "±" not in results.measured("softmax", "perplexity")
 
 

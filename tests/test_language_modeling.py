@@ -82,9 +82,9 @@ def losses(results):
 @pytest.mark.parametrize(
     ("options", "layers", "scalars"),
     [
-        ({"normalizer": "softmax"}, {"transformer.h.0.attn", "transformer.h.1.attn"}, 0),
-        ({"output": True}, {"transformer.h.0.attn", "transformer.h.1.attn", "multimax_output"}, 24),
-        ({"attention": False, "output": True}, {"multimax_output"}, 8),
+        ({"normalizer": "softmax"}, ("transformer.h.0.attn", "transformer.h.1.attn"), 0),
+        ({"output": True}, ("transformer.h.0.attn", "transformer.h.1.attn", "multimax_output"), 24),
+        ({"attention": False, "output": True}, ("multimax_output",), 8),
         ({"normalizer": "rsoftmax", "normalizer_kwargs": {"sparsity": 0.3}}, None, 0),
     ],
     ids=str,
@@ -97,7 +97,7 @@ def test_a_run_from_scratch_writes_results_and_a_model_that_loads(tmp_path, opti
     assert results["model"]["multimax_parameters"] == scalars
     assert (results["multimax"] is None) == (options.get("normalizer") == "softmax")
     if layers:
-        assert set(results["layers"]) == layers
+        assert set(results["layers"]) == set(layers)
     assert results["training"]["steps"] == 4 and results["training"]["world_size"] == 1
     assert results["data"]["evaluation_tokens"] == 8 * 16
     assert [step for step, _ in losses(results)] == [1, 2, 2, 3, 4, 4, 4]
@@ -161,6 +161,43 @@ def test_resumed_equals_uninterrupted(tmp_path):
         assert torch.equal(a, b), name
 
 
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    """A run that was stopped while it wrote a checkpoint goes on from the one before."""
+    whole = run(tmp_path)
+    (tmp_path / "out").rename(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path, after=3, output=False)
+    for name, content in (("checkpoint-3", None), ("checkpoint-4", "{")):
+        (tmp_path / "out" / name).mkdir()
+        if content:
+            (tmp_path / "out" / name / "trainer_state.json").write_text(content)
+    assert losses(run(tmp_path, "--resume_from_checkpoint", "last")) == losses(whole)
+
+
+def test_a_run_stopped_after_its_last_step_is_not_trained_on(tmp_path):
+    whole = run(tmp_path, lr_scheduler_type="constant")
+    (tmp_path / "out" / "results.json").unlink()
+    again = run(tmp_path, "--resume_from_checkpoint", "last", lr_scheduler_type="constant")
+    assert again["training"]["steps"] == 4
+    assert again["metrics"] == whole["metrics"] and losses(again) == losses(whole)
+    assert again["time"]["seconds_per_step"] is None
+
+
+def test_a_diverged_run_writes_its_results(tmp_path, capsys):
+    results = run(tmp_path, learning_rate=1e30, max_grad_norm=0.0, eval_strategy="no")
+    assert results["metrics"]["perplexity"] is None
+    assert "not finite" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["loss"] is None
+
+
+def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path):
+    run(tmp_path, normalizer="softmax")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "half")
+    results = run(tmp_path / "half", "--model", str(tmp_path / "half"))
+    assert results["training"]["precision"] == "float32"
+
+
 def interrupted(folder, after, **values):
     class Interruption(common.StepTimer):
         def on_step_end(self, args, state, control, **kwargs):
@@ -169,7 +206,7 @@ def interrupted(folder, after, **values):
 
     timer, common.StepTimer = common.StepTimer, Interruption
     try:
-        run(folder, output=True, **values)
+        run(folder, **{"output": True, **values})
     finally:
         common.StepTimer = timer
 
