@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.modeling import is_patched
-from hf_multimax.modulator import MultiMax, Normalizer, on_its_device
+from hf_multimax.modulator import MultiMax, Normalizer, on_its_device, whole
 from hf_multimax.normalizers import get_normalizer, registered_normalizers
 from hf_multimax.patching import multimax_parameters
-from hf_multimax.results import Arm, Results, one_line
+from hf_multimax.results import MEASURES, Arm, Results, one_line
 
 __all__ = ["Subject", "find_subject", "layer_modulators", "modulator_of", "stock_name"]
 
@@ -119,7 +119,8 @@ def _of_run(run: Mapping[str, Any], name: str) -> Subject:
 
 
 def modulator_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: values[key] for key in ("ranges", "ts", "scale", "shift") if values.get(key) is not None}
+    """What a layer's normalizer learned, without the measures of its attention."""
+    return {key: value for key, value in values.items() if key not in MEASURES and value is not None}
 
 
 def _arm_of(subject: Subject, results: Results) -> Arm:
@@ -165,6 +166,8 @@ def stock_name(run: Mapping[str, Any]) -> str:
 def layer_modulators(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """What every normalizer of a patched model learned, by layer, as results.json has it under ``layers``.
 
+    A model that FSDP2 has sharded must be given on every process.
+
     Returns:
         ``{"transformer.h.0.attn": {"ranges": [2N], "ts": [2N]}, ...}``, lists of lists where there are parameters per
         head, with ``scale`` and ``shift`` for the affine variant, and the learned options of other normalizers.
@@ -173,7 +176,7 @@ def layer_modulators(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, Normalizer):
             with on_its_device(module):
-                learned = {key: value for key, value in _learned(module).items() if value is not None}
+                learned = {key: whole(value) for key, value in _learned(module).items() if value is not None}
                 layers[name.removesuffix(".multimax")] = {key: value.tolist() for key, value in learned.items()}
     return layers
 

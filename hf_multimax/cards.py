@@ -158,6 +158,7 @@ class _Card:
             "code": self._code(tokenizer),
             "data": self.data,
             "run": self.run,
+            "memory_scope": self.results.memory_scope if self.results else None,
             "text": one_line,
         }
         if results:

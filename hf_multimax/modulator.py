@@ -180,3 +180,8 @@ def _gather(module: nn.Module) -> None:
                 "hf_multimax.distributed.shard_modulators(model) before fully_shard, or list "
                 f"{type(module).__name__} in Accelerate's fsdp_transformer_layer_cls_to_wrap, with fsdp_version 2"
             )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A plain tensor also where FSDP2 holds a part of it; all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

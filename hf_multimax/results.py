@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NOTHING", "Arm", "Figure", "Results", "metric_label", "one_line", "with_spread"]
+__all__ = ["MEASURES", "NOTHING", "Arm", "Figure", "Results", "metric_label", "one_line", "with_spread"]
 
 #: What a table shows where results.json has no figure.
 NOTHING = "-"
+
+#: What a layer's entry has besides the normalizer's own parameters: the measures of its attention.
+MEASURES = ("sparsity", "multi_modality", "entropy", "topk_mass")
 
 _SCHEMA = 1
 _RUN = ("task", "command", "seed", "model", "data", "training", "metrics")
@@ -178,6 +181,14 @@ class Results:
         on_gpu = any((run.get("memory") or {}).get("kind") == "cuda" for run in self.runs)
         has_cpu = all("cpu_seconds_per_step" in arm.figures for arm in self.arms.values() if arm.runs)
         return "cpu_seconds_per_step" if has_cpu and not on_gpu else "seconds_per_step"
+
+    @functools.cached_property
+    def memory_scope(self) -> str:
+        """What peak memory is of, as a phrase; runs of earlier versions did not stop the clock after training."""
+        memory = [run.get("memory") or {} for run in self.runs]
+        where = "allocated on the GPU" if any(m.get("kind") == "cuda" for m in memory) else "of the whole process"
+        training = all(m.get("phase") == "training" for m in memory)
+        return f"{where}, {'in training' if training else 'evaluation and attention statistics included'}"
 
     def _paired(self, arm: str) -> Mapping[str, Any]:
         return self.values.get("paired", {}).get(arm, {}).get(self.metric) or {}

@@ -29,9 +29,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_multimax.cards import model_card
+from hf_multimax.cards import layer_modulators, model_card
 from hf_multimax.diagnostics import attention_statistics
-from hf_multimax.modulator import Normalizer
+from hf_multimax.modulator import Normalizer, whole
 from hf_multimax.patching import is_patched, multimax_parameters
 from hf_multimax.remote import write_loader
 
@@ -44,7 +44,6 @@ __all__ = [
     "MultiMaxTrainerMixin",
     "MultiMaxTrainingArguments",
     "parameter_groups",
-    "scalar_values",
 ]
 
 OUTPUT = "multimax_output"
@@ -172,8 +171,8 @@ class MultiMaxTrainerMixin:
         if self.args.multimax_clip == "group":
             norm = clip_grad_norm_(scalars.values(), self.args.multimax_max_grad_norm or limit)
             return clip_grad_norm_(others, limit) if others else norm
-        norms = [_whole(get_total_norm([p.grad for p in others]))] if others else []
-        norms += [_whole(get_total_norm([p.grad])) / math.sqrt(self._summed_over(name)) for name, p in scalars.items()]
+        norms = [whole(get_total_norm([p.grad for p in others]))] if others else []
+        norms += [whole(get_total_norm([p.grad])) / math.sqrt(self._summed_over(name)) for name, p in scalars.items()]
         norm = torch.linalg.vector_norm(torch.stack([n.float().to(norms[0].device) for n in norms]))
         clip_grads_with_norm_([*others], limit, norm)
         clip_grads_with_norm_(scalars.values(), limit, norm)
@@ -261,17 +260,8 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def scalar_values(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The present value of every normalizer's parameters: ``{layer: {"ranges": [...], "ts": [...]}}``, nested lists."""
-    values: dict[str, dict[str, Any]] = {}
-    for name, parameter in multimax_parameters(model).items():
-        layer, _, entry = name.rpartition(".")
-        values.setdefault(layer.removesuffix(".multimax"), {})[entry] = _whole(parameter.detach()).tolist()
-    return values
-
-
 def _named(model: nn.Module) -> Iterator[tuple[str, float]]:
-    for layer, parameters in scalar_values(model).items():
+    for layer, parameters in layer_modulators(model).items():
         for entry, value in parameters.items():
             flat = torch.tensor(value)
             bend = entry in ("ranges", "ts")  # the last dimension is b_1, d_1, b_2, ...; in front of it are heads
@@ -300,11 +290,6 @@ def _separate(optimizer: torch.optim.Optimizer, scalars: list[nn.Parameter], rat
 def _has_attention(model: nn.Module) -> bool:
     layers = (name for name, module in model.named_modules() if isinstance(module, Normalizer))
     return any(not name.endswith(OUTPUT) for name in layers)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A plain tensor also where FSDP holds a part of it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _one_of(dataset: Any) -> Any:

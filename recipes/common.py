@@ -37,8 +37,9 @@ from transformers import (
 
 import hf_multimax
 from hf_multimax import MultiMaxConfig, is_patched, multimax_parameters, patch_model, registered_normalizers
+from hf_multimax.cards import layer_modulators
 from hf_multimax.diagnostics import attention_statistics
-from hf_multimax.training import MultiMaxTrainer, scalar_values
+from hf_multimax.training import MultiMaxTrainer
 from recipes.data import DataError
 
 __all__ = ["Job", "ModelArguments", "RESULTS", "build_model", "exp", "main", "normalizer_config", "write_json"]
@@ -162,14 +163,15 @@ def main(
             folder.rmdir()  # the Trainer makes it early
         sys.exit(f"error: {' '.join(str(error).split())}")
     command = shlex.join(["python", "-m", f"recipes.{recipe}", *arguments])
-    return run(job, trainer, training, command)
+    config = recorded_config(Path(arguments[0])) if _names_config(arguments) else {}
+    return run(job, trainer, training, {"command": command, "config": config})
 
 
 def parse(recipe: str, argument_classes: tuple[type, ...], arguments: list[str]) -> tuple[Any, ...]:
     """Instances of the dataclasses, from the defaults, the YAML file named first, and the options, in this order."""
     parser = HfArgumentParser(argument_classes, prog=f"python -m recipes.{recipe}", allow_abbrev=False)
     parser.usage = f"python -m recipes.{recipe} [config.yaml] [--option value ...]"
-    if arguments and not arguments[0].startswith("-"):
+    if _names_config(arguments):
         values = read_yaml(Path(arguments[0]))
         known = {f.name for cls in argument_classes for f in dataclasses.fields(cls) if f.init}
         unknown = sorted(values.keys() - known)
@@ -178,6 +180,15 @@ def parse(recipe: str, argument_classes: tuple[type, ...], arguments: list[str])
         parser.set_defaults(**values)
         arguments = arguments[1:]
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+
+
+def _names_config(arguments: list[str]) -> bool:
+    return bool(arguments) and not arguments[0].startswith("-")
+
+
+def recorded_config(path: Path) -> dict[str, Any]:
+    """A YAML file's values as results.json holds them."""
+    return json.loads(json.dumps(read_yaml(path), default=str))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -298,13 +309,19 @@ def _same(config: MultiMaxConfig | None, stored: dict[str, Any]) -> bool:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-class StepTimer(TrainerCallback):
-    """Wall-clock and processor seconds of every optimizer step of this process."""
+class Costs(TrainerCallback):
+    """What the optimizer steps of this process cost: wall-clock and processor seconds each, and their peak memory.
 
-    def __init__(self) -> None:
+    A process's resident peak never falls again, so that memory is read until the first evaluation only.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.wall: list[float] = []
         self.cpu: list[float] = []
+        self.memory: dict[str, Any] | None = None
         self._begin = (0.0, 0.0)
+        self._evaluated = False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -312,10 +329,17 @@ class StepTimer(TrainerCallback):
         self._begin = (time.perf_counter(), time.process_time())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.wall.append(time.perf_counter() - self._begin[0])
         self.cpu.append(time.process_time() - self._begin[1])
+        if not self._evaluated:
+            self.memory = {**peak_memory(self.device), "phase": "training"}
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._evaluated = True
 
 
 def build_trainer(job: Job, training: TrainingArguments) -> Trainer:
@@ -334,10 +358,10 @@ def build_trainer(job: Job, training: TrainingArguments) -> Trainer:
     )
 
 
-def run(job: Job, trainer: Trainer, training: TrainingArguments, command: str) -> dict[str, Any] | None:
+def run(job: Job, trainer: Trainer, training: TrainingArguments, origin: dict[str, Any]) -> dict[str, Any] | None:
     """Train, evaluate, save the model and then results.json, print the summary."""
-    timer = StepTimer()
-    trainer.add_callback(timer)
+    costs = Costs(training.device)
+    trainer.add_callback(costs)
     begin = time.perf_counter()
     train(trainer, training)
     trained = time.perf_counter()
@@ -351,7 +375,7 @@ def run(job: Job, trainer: Trainer, training: TrainingArguments, command: str) -
         "kind": "run",
         "schema": 1,
         "task": job.task,
-        "command": command,
+        **origin,
         "seed": training.seed,
         "model": _model_entry(job),
         "multimax": dict(job.model.config.multimax) if is_patched(job.model) else None,
@@ -362,12 +386,12 @@ def run(job: Job, trainer: Trainer, training: TrainingArguments, command: str) -
         "time": {
             "training_seconds": trained - begin,
             "evaluation_seconds": evaluated - trained,
-            "seconds_per_step": _typical(timer.wall),
-            "cpu_seconds_per_step": _typical(timer.cpu),
+            "seconds_per_step": _typical(costs.wall),
+            "cpu_seconds_per_step": _typical(costs.cpu),
         },
-        "memory": peak_memory(),
+        "memory": costs.memory or peak_memory(training.device),
         "layers": layers,
-        **environment(),
+        **environment(training.device),
     }
     results = _finite(results)
     write_json(Path(training.output_dir) / RESULTS, results)
@@ -449,26 +473,26 @@ def layer_figures(trainer: Trainer, batches: int = 2) -> dict[str, dict[str, Any
         statistics_ = {}
     for layer, measures in statistics_.items():
         figures[layer] = {name: measure.value for name, measure in measures.items()}
-    for layer, scalars in scalar_values(model).items():
+    for layer, scalars in layer_modulators(model).items():
         figures.setdefault(layer, {}).update(scalars)
     return figures
 
 
-def peak_memory() -> dict[str, Any]:
-    """The most memory that this process has held, in bytes: on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return {"peak_bytes": torch.cuda.max_memory_allocated(), "kind": "cuda"}
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """The most memory that this process has held so far, in bytes: on a GPU that is used, else resident."""
+    if device.type == "cuda":
+        return {"peak_bytes": torch.cuda.max_memory_allocated(device), "kind": "cuda"}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "kind": "resident"}
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """Versions and machine."""
     versions = {m.__name__: m.__version__ for m in (torch, transformers, hf_multimax)}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "versions": {"python": platform.python_version(), **versions},
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "device": device},
+        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "device": name},
     }
 
 

@@ -8,8 +8,8 @@ Every run is the recipe's own command in a process of its own. What has finished
 goes on from its last checkpoint. The table pairs each arm with the reference, seed by seed; ``comparison.json`` and
 ``curves.png`` are written to the output folder.
 
-``--budget time`` gives each arm the processor time of the reference instead of its number of steps, by the step times
-that the comparison with equal steps has measured, which must have finished.
+``--budget time`` gives each arm the time of the reference (processor time, on a GPU the wall clock's) instead of its
+number of steps, by the step times that the comparison with equal steps has measured, which must have finished.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from hf_multimax.results import Results
-from recipes.common import RESULTS, environment, read_yaml, write_json
+from recipes.common import RESULTS, read_yaml, recorded_config, write_json
 from recipes.data import DataError
 from recipes.report import draw_curves
 
@@ -96,12 +96,13 @@ class Run:
     seed: int
     folder: Path
     command: list[str]
+    config: dict[str, Any]
 
     def results(self) -> dict[str, Any] | None:
         """What it wrote, if it has finished.
 
         Raises:
-            DataError: if what is there came from another command.
+            DataError: if what is there came from another command, or from other values in the config.
         """
         path = self.folder / RESULTS
         if not path.exists():
@@ -110,6 +111,10 @@ class Run:
         if results["command"] != shlex.join(self.command):
             raise DataError(
                 f"{path} came from another command ({results['command']}): choose another --output_dir or delete it"
+            )
+        if results.get("config") != self.config:
+            raise DataError(
+                f"{path} was made before {self.command[3]} was changed: choose another --output_dir or delete it"
             )
         return results
 
@@ -173,13 +178,15 @@ def parse(arguments: list[str]) -> tuple[Plan, str]:
 def plan_runs(plan: Plan) -> Iterator[Run]:
     """Seed by seed, so that an interrupted comparison has whole pairs."""
     steps = equal_time_steps(plan) if plan.budget == "time" else {}
+    config = recorded_config(Path(plan.config))
     for seed in plan.seeds:
         for arm, options in plan.arms.items():
             folder = plan.folder / arm / f"seed{seed}"
             given = {**plan.options, **options, **steps.get(arm, {}), "seed": seed, "output_dir": folder.as_posix()}
             given["resume_from_checkpoint"] = "last"
             words = [word for name, value in given.items() for word in (f"--{name}", _word(value))]
-            yield Run(arm, seed, folder, ["python", "-m", f"recipes.{plan.recipe}", plan.config, *words])
+            command = ["python", "-m", f"recipes.{plan.recipe}", plan.config, *words]
+            yield Run(arm, seed, folder, command, config)
 
 
 def _word(value: Any) -> str:
@@ -191,12 +198,17 @@ def equal_time_steps(plan: Plan) -> dict[str, dict[str, int]]:
     path = Path(plan.output_dir) / COMPARISON
     if not path.exists():
         raise DataError(f"--budget time needs the step times of {path}: run the comparison with --budget steps first")
-    measured = json.loads(path.read_text(encoding="utf-8"))
-    missing = [arm for arm in plan.arms if "cpu_seconds_per_step" not in measured["summary"].get(arm, {})]
-    if missing:
-        raise DataError(f"{path} has no runs of {', '.join(missing)}: run the comparison with --budget steps first")
-    cost = {arm: measured["summary"][arm]["cpu_seconds_per_step"]["mean"] for arm in plan.arms}
-    steps = measured["arms"][plan.reference]["runs"][0]["training"]["steps"]
+    try:
+        measured = Results(path)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    kind = measured.step_time
+    missing = [arm for arm in plan.arms if arm not in measured.arms or kind not in measured.arms[arm].figures]
+    if missing or measured.unfinished:
+        lacks = f"no runs of {', '.join(missing)}" if missing else "not all runs"
+        raise DataError(f"{path} has {lacks}: run the comparison with --budget steps to its end first")
+    cost = {arm: measured.arms[arm].figures[kind].mean for arm in plan.arms}
+    steps = measured.arms[plan.reference].runs[0]["training"]["steps"]
     return {arm: {"max_steps": max(1, round(steps * cost[plan.reference] / cost[arm]))} for arm in plan.arms}
 
 
@@ -266,7 +278,8 @@ def compare(plan: Plan, runs: list[Run], command: str) -> dict[str, Any]:
         },
         "summary": {arm: summarize(by_seed) for arm, by_seed in measured.items()},
         "paired": {arm: pair(measured[arm], reference) for arm in plan.arms if arm != plan.reference},
-        **environment(),
+        "versions": example.get("versions"),
+        "machine": example.get("machine"),
     }
 
 

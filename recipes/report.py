@@ -150,15 +150,15 @@ def evidence(comparisons: Mapping[str, Results]) -> str:
     lines += [
         "",
         "Mean and standard deviation over seeds. The difference is arm minus reference, seed by seed; the reference is",
-        "the arm without one, and step time and peak memory (of the whole process, evaluation and attention",
-        "statistics included) are multiples of its own, over the seeds that both have. Intervals are not corrected for",
-        "the number of arms. All figures are in `recipes/results/`, and `python -m recipes.report` writes them up.",
-        "They came from:",
+        "the arm without one, and step time and peak memory are multiples of its own, over the seeds that both have.",
+        "Intervals are not corrected for the number of arms. All figures are in `recipes/results/`, and",
+        "`python -m recipes.report` writes them up. They came from:",
         "",
     ]
     for name, results in comparisons.items():
         missing = f" Not complete: {' '.join(results.unfinished)}" if results.unfinished else ""
-        lines.append(f"- {name}: `{' '.join(results.values['command'].split())}`.{missing}")
+        command = " ".join(results.values["command"].split())
+        lines.append(f"- {name}: `{command}`, memory {results.memory_scope}.{missing}")
     return "\n".join(lines) + "\n"
 
 

@@ -165,13 +165,13 @@ def test_resumed_equals_uninterrupted_whatever_makes_the_batches(tmp_path, data,
     whole = run(tmp_path, **values)
     (tmp_path / "out").rename(tmp_path / "whole")
 
-    class Interruption(common.StepTimer):
+    class Interruption(common.Costs):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 7:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "StepTimer", Interruption)
+        patch.setattr(common, "Costs", Interruption)
         run(tmp_path, **values)
     resumed = run(tmp_path, "--resume_from_checkpoint", "last", dataloader_num_workers=1, **values)
     assert losses(resumed) == losses(whole) and len(losses(whole)) == 11

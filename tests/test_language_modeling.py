@@ -199,16 +199,16 @@ def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path):
 
 
 def interrupted(folder, after, **values):
-    class Interruption(common.StepTimer):
+    class Interruption(common.Costs):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == after:
                 raise KeyboardInterrupt
 
-    timer, common.StepTimer = common.StepTimer, Interruption
+    timer, common.Costs = common.Costs, Interruption
     try:
         run(folder, **{"output": True, **values})
     finally:
-        common.StepTimer = timer
+        common.Costs = timer
 
 
 def test_two_processes_give_what_one_gives_with_the_double_batch(tmp_path):

@@ -23,8 +23,8 @@ from hf_multimax import (
     parameter_groups,
     patch_model,
 )
+from hf_multimax.cards import layer_modulators
 from hf_multimax.diagnostics import attention_statistics
-from hf_multimax.training import scalar_values
 
 QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
 
@@ -227,7 +227,7 @@ def test_deepspeed_and_fsdp_1_need_the_global_clip(tmp_path, monkeypatch, kind, 
 def check_logs(logs, model):
     numbers = {key: value for log in logs for key, value in log.items() if key.startswith("multimax/")}
     layer = "transformer.h.1.attn"
-    values = scalar_values(model)[layer]
+    values = layer_modulators(model)[layer]
     for i, name in enumerate(("b1", "d1", "b2", "d2")):
         assert numbers[f"multimax/{layer}/ts_{name}"] == values["ts"][i]
         assert numbers[f"multimax/{layer}/ranges_{name}"] == values["ranges"][i]
