@@ -170,7 +170,8 @@ def layer_modulators(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
     Returns:
         ``{"transformer.h.0.attn": {"ranges": [2N], "ts": [2N]}, ...}``, lists of lists where there are parameters per
-        head, with ``scale`` and ``shift`` for the affine variant, and the learned options of other normalizers.
+        head, with ``scale`` and ``shift`` for the affine variant, and the learned options of other normalizers as
+        ``learned_alpha`` and so on: rsoftmax has one that is called as a measure of attention, sparsity.
     """
     layers = {}
     for name, module in model.named_modules():
@@ -185,5 +186,6 @@ def _learned(module: Normalizer) -> dict[str, torch.Tensor | None]:
     if isinstance(module, MultiMax):
         return {"ranges": module.ranges, "ts": module.ts, "scale": module.scale, "shift": module.shift}
     if hasattr(module, "values"):  # the options, not the unconstrained numbers behind them
-        return {key: value for key, value in module.values().items() if isinstance(value, torch.Tensor)}
+        values = module.values().items()
+        return {f"learned_{key}": value for key, value in values if isinstance(value, torch.Tensor)}
     return dict(module.named_parameters())

@@ -7,93 +7,47 @@ be wrong with the input raises :class:`~recipes.data.DataError` or ValueError wh
 import dataclasses
 import json
 import logging
-import math
 import os
-import platform
-import resource
 import shlex
-import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-import yaml
 from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
 
-import hf_multimax
-from hf_multimax import MultiMaxConfig, is_patched, multimax_parameters, patch_model, registered_normalizers
-from hf_multimax.cards import layer_modulators
-from hf_multimax.diagnostics import attention_statistics
+from hf_multimax import is_patched
 from hf_multimax.training import MultiMaxTrainer
 from recipes.data import DataError
+from recipes.record import (
+    RESULTS,
+    Costs,
+    curve_point,
+    environment,
+    finite,
+    layer_figures,
+    model_entry,
+    peak_memory,
+    print_summary,
+    read_yaml,
+    recorded_config,
+    training_entry,
+    typical,
+    write_json,
+)
 
-__all__ = ["Job", "ModelArguments", "RESULTS", "build_model", "exp", "main", "normalizer_config", "write_json"]
+__all__ = ["Job", "main", "parse"]
 
-logger = logging.getLogger(__name__)
-
-RESULTS = "results.json"
 TRAINER_STATE = "trainer_state.json"
-SOFTMAX = "softmax"
-
-
-@dataclass
-class ModelArguments:
-    """The model, and what stands in SoftMax's place. The two JSON options are dicts once they are parsed."""
-
-    model: str | None = field(
-        default=None, metadata={"help": "checkpoint to fine-tune, a folder or a Hub id; none: pre-train from scratch"}
-    )
-    model_config: str = field(
-        default="{}",
-        metadata={"help": "the fields of the architecture's config when pre-training, JSON; the recipe has defaults"},
-    )
-    normalizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "any registered function; softmax is the stock model. Default: multimax, or what the checkpoint has"
-        },
-    )
-    normalizer_kwargs: str = field(default="{}", metadata={"help": "options of the normalizer, JSON"})
-    attention: bool = field(default=True, metadata={"help": "replace the SoftMax of attention"})
-    output: bool = field(default=False, metadata={"help": "modulate the output logits (multimax only)"})
-    order: int | None = field(default=None, metadata={"help": "number of terms of the modulator (2, 1 with affine)"})
-    affine: bool = field(default=False, metadata={"help": "the affine variant"})
-    per_head: bool = field(default=False, metadata={"help": "scalars per head instead of per layer"})
-    init: str | None = field(
-        default=None, metadata={"help": "identity or paper; default: paper when pre-training, else identity"}
-    )
-    include: str | None = field(default=None, metadata={"help": "regular expression: only these attention layers"})
-    exclude: str | None = field(default=None, metadata={"help": "regular expression: not these attention layers"})
-
-    def __post_init__(self) -> None:
-        for name in ("model_config", "normalizer_kwargs"):
-            setattr(self, name, _mapping(getattr(self, name), name))
-
-
-def _mapping(value: dict | str, name: str) -> dict[str, Any]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise DataError(f"--{name} is no JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"--{name} must be a JSON object, got {value!r}")
-    return value
 
 
 @dataclass
@@ -186,23 +140,6 @@ def _names_config(arguments: list[str]) -> bool:
     return bool(arguments) and not arguments[0].startswith("-")
 
 
-def recorded_config(path: Path) -> dict[str, Any]:
-    """A YAML file's values as results.json holds them."""
-    return json.loads(json.dumps(read_yaml(path), default=str))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"the config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"the config {path} is no YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise DataError(f"the config {path} must hold `option: value` lines")
-    return values
-
-
 def check_output(training: TrainingArguments) -> None:
     """Nothing is overwritten, and an interrupted run is resumed only if asked; ``last`` becomes the checkpoint's path.
 
@@ -241,105 +178,7 @@ def _is_whole(checkpoint: Path) -> bool:
     return checkpoint.name.rpartition("-")[2].isdigit()
 
 
-# -- the model ---------------------------------------------------------------------------------------------------------
-
-
-def normalizer_config(options: ModelArguments, pretraining: bool) -> MultiMaxConfig | None:
-    """What to patch with; None for the stock model with SoftMax.
-
-    Raises:
-        DataError: for an unknown name, or options that do not go together.
-    """
-    name = options.normalizer or "multimax"
-    if name not in registered_normalizers():
-        raise DataError(f"--normalizer {name} is unknown: choose one of {', '.join(sorted(registered_normalizers()))}")
-    if name == SOFTMAX and not options.normalizer_kwargs:
-        if options.output:
-            raise DataError("--output modulates by MultiMax: it does not go with --normalizer softmax")
-        return None
-    try:
-        return MultiMaxConfig(
-            normalizer=name,
-            normalizer_kwargs=options.normalizer_kwargs,
-            order=options.order,
-            affine=options.affine,
-            attention=options.attention,
-            output=options.output,
-            per_head=options.per_head,
-            init=options.init or ("paper" if pretraining else "identity"),
-            include=options.include,
-            exclude=options.exclude,
-        )
-    except (TypeError, ValueError) as error:
-        raise DataError(str(error)) from error
-
-
-def build_model(options: ModelArguments, make_stock: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
-    """The model to train: what ``make_stock`` makes or loads, patched as the options say.
-
-    For one seed all arms of a comparison start from the same weights, and see the same random numbers afterwards.
-
-    Raises:
-        DataError: if the checkpoint is patched already, with something else than is asked for.
-    """
-    set_seed(seed)
-    model = make_stock()
-    config = normalizer_config(options, pretraining=options.model is None)
-    if is_patched(model):
-        asked = options.normalizer or options.output or not options.attention or options.order or options.per_head
-        if asked and not _same(config, model.config.multimax):
-            has = {key: model.config.multimax[key] for key in _COMPARED}
-            raise DataError(
-                f"the checkpoint {options.model} is patched already, with {has}: leave out --normalizer and its "
-                "options, or start from the stock checkpoint"
-            )
-    elif config is not None:
-        patch_model(model, config)
-    set_seed(seed + 1)
-    return model
-
-
-_COMPARED = ("normalizer", "normalizer_kwargs", "order", "affine", "attention", "output", "per_head")
-
-
-def _same(config: MultiMaxConfig | None, stored: dict[str, Any]) -> bool:
-    return config is not None and all(config.to_dict()[key] == stored[key] for key in _COMPARED)
-
-
 # -- training ----------------------------------------------------------------------------------------------------------
-
-
-class Costs(TrainerCallback):
-    """What the optimizer steps of this process cost: wall-clock and processor seconds each, and their peak memory.
-
-    A process's resident peak never falls again, so that memory is read until the first evaluation only.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.wall: list[float] = []
-        self.cpu: list[float] = []
-        self.memory: dict[str, Any] | None = None
-        self._begin = (0.0, 0.0)
-        self._evaluated = False
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._begin = (time.perf_counter(), time.process_time())
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.wall.append(time.perf_counter() - self._begin[0])
-        self.cpu.append(time.process_time() - self._begin[1])
-        if not self._evaluated:
-            self.memory = {**peak_memory(self.device), "phase": "training"}
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._evaluated = True
 
 
 def build_trainer(job: Job, training: TrainingArguments) -> Trainer:
@@ -377,23 +216,23 @@ def run(job: Job, trainer: Trainer, training: TrainingArguments, origin: dict[st
         "task": job.task,
         **origin,
         "seed": training.seed,
-        "model": _model_entry(job),
+        "model": model_entry(job.model, job.source),
         "multimax": dict(job.model.config.multimax) if is_patched(job.model) else None,
         "data": job.data,
-        "training": _training_entry(trainer, training),
+        "training": training_entry(trainer, training),
         "metrics": metrics,
-        "curve": [_curve_point(entry) for entry in trainer.state.log_history if _curve_point(entry)],
+        "curve": [curve_point(entry) for entry in trainer.state.log_history if curve_point(entry)],
         "time": {
             "training_seconds": trained - begin,
             "evaluation_seconds": evaluated - trained,
-            "seconds_per_step": _typical(costs.wall),
-            "cpu_seconds_per_step": _typical(costs.cpu),
+            "seconds_per_step": typical(costs.wall),
+            "cpu_seconds_per_step": typical(costs.cpu),
         },
         "memory": costs.memory or peak_memory(training.device),
         "layers": layers,
         **environment(training.device),
     }
-    results = _finite(results)
+    results = finite(results)
     write_json(Path(training.output_dir) / RESULTS, results)
     print_summary(results, job.headline, training.output_dir)
     return results
@@ -408,150 +247,3 @@ def train(trainer: Trainer, training: TrainingArguments) -> None:
         trainer.state = state
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def _model_entry(job: Job) -> dict[str, Any]:
-    model = job.model
-    stock = type(model).stock_class if is_patched(model) else type(model)
-    return {
-        "class": stock.__name__,
-        "type": model.config.model_type,
-        "source": job.source,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "multimax_parameters": sum(p.numel() for p in multimax_parameters(model).values()),
-    }
-
-
-def _training_entry(trainer: Trainer, training: TrainingArguments) -> dict[str, Any]:
-    precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else str(trainer.model.dtype)
-    return {
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
-        "batch_size": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
-        "learning_rate": training.learning_rate,
-        "schedule": str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)),
-        "weight_decay": training.weight_decay,
-        "world_size": training.world_size,
-        "wrapper": type(trainer.model_wrapped).__name__,
-        "precision": precision.removeprefix("torch."),
-        "resumed": training.resume_from_checkpoint is not None,
-    }
-
-
-def _curve_point(entry: dict[str, Any]) -> dict[str, Any]:
-    """The losses of an entry of the Trainer's log; empty for others."""
-    names = [name for name in ("loss", "eval_loss", "grad_norm") if name in entry]
-    if not {"loss", "eval_loss"} & set(names):
-        return {}
-    return {"step": entry["step"]} | {name: float(entry[name]) for name in names}
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for what is NaN or infinite, which JSON does not have: a model may diverge."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _typical(seconds: list[float]) -> float | None:
-    """The median, without the first steps, which build kernels and fill caches."""
-    return statistics.median(seconds[min(5, len(seconds) // 2) :]) if seconds else None
-
-
-def layer_figures(trainer: Trainer, batches: int = 2) -> dict[str, dict[str, Any]]:
-    """The measures and scalars of every attention layer, on the first evaluation batches of this process."""
-    loader = iter(trainer.get_eval_dataloader())
-    chosen = [batch for batch, _ in zip(loader, range(batches))]
-    model = trainer.model
-    figures: dict[str, dict[str, Any]] = {}
-    try:
-        statistics_ = attention_statistics(model, chosen)
-    except ValueError as error:  # MultiMax in the output only, or a stock model beyond the attention interface
-        logger.info(f"no measures of attention: {error}")
-        statistics_ = {}
-    for layer, measures in statistics_.items():
-        figures[layer] = {name: measure.value for name, measure in measures.items()}
-    for layer, scalars in layer_modulators(model).items():
-        figures.setdefault(layer, {}).update(scalars)
-    return figures
-
-
-def peak_memory(device: torch.device) -> dict[str, Any]:
-    """The most memory that this process has held so far, in bytes: on a GPU that is used, else resident."""
-    if device.type == "cuda":
-        return {"peak_bytes": torch.cuda.max_memory_allocated(device), "kind": "cuda"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "kind": "resident"}
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine."""
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, hf_multimax)}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "device": name},
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-# -- results -----------------------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a file that is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=2, allow_nan=False)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def print_summary(results: dict[str, Any], headline: tuple[str, ...], folder: str) -> None:
-    """One table: the metrics, the cost, and what each layer's attention looks like."""
-    time_, multimax = results["time"], results["multimax"]
-    rows = [("normalizer", multimax["normalizer"] if multimax else SOFTMAX)]
-    rows += [(name, _shown(results["metrics"][name])) for name in headline]
-    rows += [
-        ("steps", f"{results['training']['steps']:,}"),
-        ("processes", f"{results['training']['world_size']}"),
-        ("step, s", "-" if time_["seconds_per_step"] is None else f"{time_['seconds_per_step']:.3f}"),
-        ("training, s", f"{time_['training_seconds']:.1f}"),
-        ("peak memory, MB", f"{results['memory']['peak_bytes'] / 1e6:,.0f}"),
-        ("parameters", f"{results['model']['parameters']:,} ({results['model']['multimax_parameters']} of MultiMax)"),
-    ]
-    for layer, figures in results["layers"].items():
-        measures = [f"{name} {figures[name]:.3f}" for name in _PRINTED if figures.get(name) is not None]
-        if measures:
-            rows.append((layer, ", ".join(measures)))
-    width = max(len(name) for name, _ in rows)
-    print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    print(f"\nModel and {RESULTS} are in {folder}.", flush=True)
-
-
-def exp(loss: float) -> float:
-    """A perplexity; infinite where a model has diverged."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def _shown(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
-
-
-_PRINTED = ("sparsity", "multi_modality", "entropy")

@@ -29,8 +29,8 @@ from scipy import stats
 from tqdm import tqdm
 
 from hf_multimax.results import Results
-from recipes.common import RESULTS, read_yaml, recorded_config, write_json
 from recipes.data import DataError
+from recipes.record import RESULTS, read_yaml, recorded_config, write_json
 from recipes.report import draw_curves
 
 COMPARISON = "comparison.json"

@@ -34,7 +34,7 @@ from transformers.utils import ModelOutput
 from hf_multimax.discovery import attention_layers
 from hf_multimax.training import MultiMaxTrainingArguments
 from recipes.augmentation import AugmentationArguments
-from recipes.common import Job, ModelArguments, build_model, main
+from recipes.common import Job, main
 from recipes.data import DataError
 from recipes.images import (
     MODES,
@@ -47,6 +47,7 @@ from recipes.images import (
     load_images,
     only,
 )
+from recipes.models import ModelArguments, build_model
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,10 @@ from transformers import (
 )
 
 from hf_multimax.training import MultiMaxTrainingArguments
-from recipes.common import Job, ModelArguments, build_model, exp, main
+from recipes.common import Job, main
 from recipes.data import BUILT_IN_TEXTS, DataError, describe_text, encode, load_text, train_tokenizer
+from recipes.models import ModelArguments, build_model
+from recipes.record import exp
 
 IGNORED = -100
 DEFAULT_CONFIG = {"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128}

@@ -14,16 +14,17 @@ import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard import metadata_eval_result
-from models import TRAINED, make
+from models import TRAINED, inputs_for, make
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
 import hf_multimax.cards
-from hf_multimax import patch_model
+from hf_multimax import multimax_parameters, patch_model
 from hf_multimax.cards import layer_modulators, model_card, read_metrics
+from hf_multimax.diagnostics import attention_statistics
 from hf_multimax.plots import plot_modulators
-from hf_multimax.results import Figure, Results
+from hf_multimax.results import MEASURES, Figure, Results
 from recipes import report
 
 ROOT = Path(__file__).parents[1]
@@ -282,6 +283,40 @@ def test_wrong_results_are_refused(model, path, value, message):
         model_card(model, changed(run_of(model), path, value))
 
 
+@pytest.mark.parametrize("normalizer, option", [("entmax", "alpha"), ("rsoftmax", "sparsity")])
+def test_learned_options_are_shown_as_they_are(normalizer, option):
+    model = patch_model(make("GPT2LMHeadModel"), normalizer=normalizer, normalizer_kwargs={"learn": True})
+    with torch.no_grad():
+        for parameter in multimax_parameters(model).values():
+            parameter.add_(0.25)
+    layer = model.get_submodule("transformer.h.1.attn.multimax")
+    value = layer.values()[option].item()
+    run = run_of(model)
+    assert run["layers"]["transformer.h.1.attn"][f"learned_{option}"] == pytest.approx(value)
+    assert f"| {value:.4f} |" in str(model_card(model, run))
+    assert f"| {value:.4f} |" in str(model_card(None, run))
+    with pytest.raises(ValueError, match=f"not of this model.*h.1.attn.learned_{option}"):
+        model_card(model, changed(run, ("layers", "transformer.h.1.attn", f"learned_{option}"), value + 0.25))
+
+
+def test_measures_are_told_from_what_was_learned(model):
+    batch = inputs_for(model)
+    assert set(next(iter(attention_statistics(model, [batch]).values()))) == set(MEASURES)
+
+
+@pytest.mark.parametrize(
+    "memory, phrase",
+    [
+        ({"kind": "resident", "phase": "training"}, "of the whole process, in training"),
+        ({"kind": "cuda", "phase": "training"}, "allocated on the GPU, in training"),
+        ({"kind": "resident"}, "of the whole process, evaluation and attention statistics included"),
+    ],
+)
+def test_the_card_says_what_memory_is_of(model, memory, phrase):
+    run = changed(run_of(model), ("memory",), {"peak_bytes": 10**8, **memory})
+    assert f"Peak memory is that {phrase}." in str(model_card(model, run))
+
+
 def test_a_summary_that_is_not_of_its_runs_is_refused(model):
     wrong = changed(comparison_of(model), ("summary", "softmax", "perplexity", "mean"), 1.0)
     with pytest.raises(ValueError, match="summary.softmax.perplexity"):
@@ -431,7 +466,7 @@ def test_other_normalizers_have_cards_too():
     text = model_card(model).text
     assert "## entmax in the place of SoftMax" in text
     assert "`alpha=1.25`, `learn=True`" in text
-    assert "| layer | alpha |" in text
+    assert "| layer | learned_alpha |" in text
     assert "| `transformer.h.0.attn` | 1.2500 |" in text
     assert "never exactly zero" not in text
 

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +111,11 @@ def test_equal_time_gives_each_arm_the_references_seconds(tmp_path, started):
     assert steps == {"softmax": 4, "multimax": 2} and result["budget"] == "time"
     assert (tmp_path / "out" / "equal_time" / "comparison.json").exists()
     assert json.loads(path.read_text()) == measured
+    del measured["arms"]["multimax"]["runs"][1]
+    measured["summary"]["multimax"] = compare.summarize({0: compare.figures(measured["arms"]["multimax"]["runs"][0])})
+    path.write_text(json.dumps(measured))
+    with pytest.raises(SystemExit, match="has not all runs: .*to its end first"):
+        compare.main([plan, "--budget", "time"])
 
 
 def test_a_failed_run_is_said_and_the_others_count(tmp_path, started, monkeypatch, capsys):
@@ -136,6 +142,18 @@ def test_results_of_another_command_are_not_taken(tmp_path, started):
     compare.main([plan_file(tmp_path)])
     with pytest.raises(SystemExit, match="came from another command"):
         compare.main([plan_file(tmp_path, options={"learning_rate": 0.5})])
+
+
+def test_results_of_a_config_that_was_changed_are_not_taken(tmp_path, started):
+    plan = plan_file(tmp_path)
+    values = yaml.safe_load(Path(plan).read_text())
+    config = tmp_path / "config.yaml"
+    config.write_text(Path(values["config"]).read_text())
+    Path(plan).write_text(yaml.safe_dump(values | {"config": str(config)}))
+    compare.main([plan])
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"warmup_steps": 3}))
+    with pytest.raises(SystemExit, match=r"made before .*config\.yaml was changed"):
+        compare.main([plan])
 
 
 def test_pairs_are_over_the_seeds_that_both_arms_have():
@@ -210,12 +228,12 @@ def test_a_missing_field_or_arm_is_refused(tmp_path):
 
 
 def test_the_plans_of_the_repository_are_whole(monkeypatch):
-    root = compare.Path(compare.__file__).resolve().parent.parent
+    root = Path(compare.__file__).resolve().parent.parent
     monkeypatch.chdir(root)
     plans = sorted(root.glob("recipes/configs/compare_*.yaml"))
     assert plans
     for path in plans:
         plan, _ = compare.parse([str(path)])
-        assert compare.Path(plan.config).exists() and "softmax" in plan.arms
+        assert Path(plan.config).exists() and "softmax" in plan.arms
     with pytest.raises(DataError):
         compare.Plan(**{**vars(plan), "processes": 0})

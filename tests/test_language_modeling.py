@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import hf_multimax
 from hf_multimax import multimax_parameters, patch_model
 from recipes import common, language_modeling
-from recipes.common import ModelArguments, build_model, write_json
 from recipes.data import DataError, encode, load_text, train_tokenizer
+from recipes.models import ModelArguments, build_model
+from recipes.record import read_yaml, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -102,6 +103,7 @@ def test_a_run_from_scratch_writes_results_and_a_model_that_loads(tmp_path, opti
     assert results["data"]["evaluation_tokens"] == 8 * 16
     assert [step for step, _ in losses(results)] == [1, 2, 2, 3, 4, 4, 4]
     assert results["time"]["seconds_per_step"] > 0 and results["memory"]["peak_bytes"] > 1e6
+    assert results["memory"]["phase"] == "training"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert hf_multimax.is_patched(model) == (results["multimax"] is not None)
@@ -320,9 +322,9 @@ def test_a_wrong_file_of_options_is_refused(tmp_path, capsys):
     for text, message in (("a: [", "no YAML"), ("word", "option: value")):
         (tmp_path / "wrong.yaml").write_text(text)
         with pytest.raises(DataError, match=message):
-            common.read_yaml(tmp_path / "wrong.yaml")
+            read_yaml(tmp_path / "wrong.yaml")
     with pytest.raises(DataError, match="cannot be read"):
-        common.read_yaml(tmp_path / "none.yaml")
+        read_yaml(tmp_path / "none.yaml")
 
 
 def test_an_earlier_run_is_neither_overwritten_nor_resumed_unasked(tmp_path):

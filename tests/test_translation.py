@@ -18,10 +18,12 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_multimax import is_patched, multimax_parameters, patch_model
 from hf_multimax.training import MultiMaxSeq2SeqTrainingArguments, MultiMaxTrainingArguments
-from recipes import common, translation
-from recipes.common import ModelArguments
+from recipes import common, sentences, translation
 from recipes.language_modeling import TextArguments
-from recipes.translation import LengthBuckets, Sentences, SmoothedLoss, TranslationArguments
+from recipes.models import ModelArguments
+from recipes.record import read_yaml
+from recipes.sentences import LengthBuckets, Sentences, TranslationArguments
+from recipes.translation import SmoothedLoss
 
 ROOT = Path(__file__).parents[1]
 CLASSES = (ModelArguments, TranslationArguments, MultiMaxSeq2SeqTrainingArguments)
@@ -210,7 +212,7 @@ def test_a_checkpoint_is_fine_tuned_with_its_own_tokenizer(tmp_path, files):
 
 
 def same(path, **options):
-    return sorted(translation.read_pairs(str(path), None, "train", TranslationArguments(**options))) == sorted(pairs())
+    return sorted(sentences.read_pairs(str(path), None, "train", TranslationArguments(**options))) == sorted(pairs())
 
 
 def test_formats_of_local_data(tmp_path):
@@ -224,7 +226,7 @@ def test_formats_of_local_data(tmp_path):
     assert same(tmp_path / "nested.jsonl")
     assert same(tmp_path / "set.jsonl")  # without the blank pair
     swapped = TranslationArguments(source_lang="de", target_lang="en")
-    assert translation.read_pairs(str(tmp_path / "t.jsonl"), None, "train", swapped)[0] == pairs()[0][::-1]
+    assert sentences.read_pairs(str(tmp_path / "t.jsonl"), None, "train", swapped)[0] == pairs()[0][::-1]
 
 
 @pytest.fixture
@@ -242,35 +244,35 @@ def data_set(tmp_path, monkeypatch):
 
 
 def test_splits_of_a_data_set(data_set):
-    train, held_out = translation.read_data(TranslationArguments(data=data_set, validation_split="test"))
+    train, held_out = sentences.read_data(TranslationArguments(data=data_set, validation_split="test"))
     assert (train, held_out) == (pairs(), pairs(5))
     with pytest.raises(ValueError, match="split 'missing' of the data set .*cannot be read: .*missing"):
-        translation.read_data(TranslationArguments(data=data_set, validation_split="missing"))
+        sentences.read_data(TranslationArguments(data=data_set, validation_split="missing"))
     with pytest.raises(ValueError, match="no sentence in language 'fr', only de, en|only en, de"):
-        translation.read_data(TranslationArguments(data=data_set, target_lang="fr"))
+        sentences.read_data(TranslationArguments(data=data_set, target_lang="fr"))
 
 
 def test_what_is_held_out_is_the_same_every_time_and_not_trained_on(files):
     options = TranslationArguments(data=files[1], target_data=files[3], validation_size=10)
-    train, held_out = translation.read_data(options)
-    assert (train, held_out) == translation.read_data(options)
+    train, held_out = sentences.read_data(options)
+    assert (train, held_out) == sentences.read_data(options)
     assert sorted(train + held_out) == sorted(pairs())
     assert held_out != pairs()[:10]
 
 
 def test_tokens_come_back_as_they_were_written(files):
     options = TranslationArguments(vocab_size=60)
-    model = translation.train_sentencepiece(pairs(), 60)
-    assert model == translation.train_sentencepiece(pairs(), 60)
-    for make_tokenizer in (translation.marian_tokenizer, translation.t5_tokenizer):
+    model = sentences.train_sentencepiece(pairs(), 60)
+    assert model == sentences.train_sentencepiece(pairs(), 60)
+    for make_tokenizer in (sentences.marian_tokenizer, sentences.t5_tokenizer):
         tokenizer = make_tokenizer(model, options)
-        sentences = Sentences(pairs(), tokenizer, options, cut=False)
-        for row, (source, target) in zip(sentences.rows, pairs()):
+        tokenized = Sentences(pairs(), tokenizer, options, cut=False)
+        for row, (source, target) in zip(tokenized.rows, pairs()):
             assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == source
             assert tokenizer.decode(row["labels"], skip_special_tokens=True) == target
             assert tokenizer.unk_token_id not in row["input_ids"] + row["labels"]
             assert row["labels"][-1] == tokenizer.eos_token_id
-        assert max(max(row["input_ids"]) for row in sentences.rows) < len(tokenizer)
+        assert max(max(row["input_ids"]) for row in tokenized.rows) < len(tokenizer)
 
 
 # -- batches and loss --------------------------------------------------------------------------------------------------
@@ -294,9 +296,9 @@ def test_length_buckets_depend_on_seed_and_epoch_only():
 
 def test_evaluation_buckets_hold_every_sentence_with_its_reference(files):
     options = TranslationArguments(vocab_size=60)
-    tokenizer = translation.marian_tokenizer(translation.train_sentencepiece(pairs(), 60), options)
-    sentences = Sentences(pairs(), tokenizer, options, cut=False)
-    ordered = sentences.in_buckets(8)
+    tokenizer = sentences.marian_tokenizer(sentences.train_sentencepiece(pairs(), 60), options)
+    tokenized = Sentences(pairs(), tokenizer, options, cut=False)
+    ordered = tokenized.in_buckets(8)
     assert sorted(ordered.pairs) == sorted(pairs())
     for row, (source, _) in zip(ordered.rows, ordered.pairs):
         assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == source
@@ -384,8 +386,8 @@ def test_a_tokenizer_of_another_model(tmp_path, capsys, files):
     run(tmp_path / "marian", *files, "--normalizer", "softmax", "--max_steps", 1)
     options = TranslationArguments(vocab_size=80)
     larger = [(a, b + f" {i}") for i, (a, b) in enumerate(pairs())]
-    translation.marian_tokenizer(translation.train_sentencepiece(larger, 80), options).save_pretrained(tmp_path / "big")
-    translation.t5_tokenizer(translation.train_sentencepiece(pairs(), 50), options).save_pretrained(tmp_path / "t5")
+    sentences.marian_tokenizer(sentences.train_sentencepiece(larger, 80), options).save_pretrained(tmp_path / "big")
+    sentences.t5_tokenizer(sentences.train_sentencepiece(pairs(), 50), options).save_pretrained(tmp_path / "t5")
     model = [*files, "--model", tmp_path / "marian"]
     message = refused(capsys, tmp_path, *model, "--tokenizer", tmp_path / "big")
     assert re.search("the tokenizer has .* tokens and the model only .*: give the model's own tokenizer", message)
@@ -407,7 +409,7 @@ def test_configs_are_understood(name):
         classes = (ModelArguments, TextArguments, MultiMaxTrainingArguments)
     config = ROOT / "recipes" / "configs" / f"{name}.yaml"
     model, data, training = common.parse(name, classes, [str(config), "--use_cpu", "true"])
-    values = common.read_yaml(config)
+    values = read_yaml(config)
     assert training.output_dir == values["output_dir"] == f"runs/{name}"
     assert training.learning_rate == values["learning_rate"]
     assert training.max_grad_norm == 1.0
@@ -416,7 +418,7 @@ def test_configs_are_understood(name):
 
 def test_the_configured_models_can_be_made():
     for name in ("translation_help_small", "iwslt14_de_en"):
-        values = common.read_yaml(ROOT / "recipes" / "configs" / f"{name}.yaml")
+        values = read_yaml(ROOT / "recipes" / "configs" / f"{name}.yaml")
         options = TranslationArguments(max_length=values["max_length"])
         tokenizer = MagicMock(pad_token_id=9, eos_token_id=0, **{"__len__.return_value": 10})
         with torch.device("meta"):

@@ -1,0 +1,125 @@
+"""The model of a recipe: what replaces SoftMax in it, and that all arms of a comparison start alike."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import (
+    PreTrainedModel,
+    set_seed,
+)
+
+from hf_multimax import MultiMaxConfig, is_patched, patch_model, registered_normalizers
+from recipes.data import DataError
+
+__all__ = ["SOFTMAX", "ModelArguments", "build_model", "normalizer_config"]
+
+SOFTMAX = "softmax"
+
+
+@dataclass
+class ModelArguments:
+    """The model, and what stands in SoftMax's place. The two JSON options are dicts once they are parsed."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "checkpoint to fine-tune, a folder or a Hub id; none: pre-train from scratch"}
+    )
+    model_config: str = field(
+        default="{}",
+        metadata={"help": "the fields of the architecture's config when pre-training, JSON; the recipe has defaults"},
+    )
+    normalizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "any registered function; softmax is the stock model. Default: multimax, or what the checkpoint has"
+        },
+    )
+    normalizer_kwargs: str = field(default="{}", metadata={"help": "options of the normalizer, JSON"})
+    attention: bool = field(default=True, metadata={"help": "replace the SoftMax of attention"})
+    output: bool = field(default=False, metadata={"help": "modulate the output logits (multimax only)"})
+    order: int | None = field(default=None, metadata={"help": "number of terms of the modulator (2, 1 with affine)"})
+    affine: bool = field(default=False, metadata={"help": "the affine variant"})
+    per_head: bool = field(default=False, metadata={"help": "scalars per head instead of per layer"})
+    init: str | None = field(
+        default=None, metadata={"help": "identity or paper; default: paper when pre-training, else identity"}
+    )
+    include: str | None = field(default=None, metadata={"help": "regular expression: only these attention layers"})
+    exclude: str | None = field(default=None, metadata={"help": "regular expression: not these attention layers"})
+
+    def __post_init__(self) -> None:
+        for name in ("model_config", "normalizer_kwargs"):
+            setattr(self, name, _mapping(getattr(self, name), name))
+
+
+def _mapping(value: dict | str, name: str) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise DataError(f"--{name} is no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"--{name} must be a JSON object, got {value!r}")
+    return value
+
+
+def normalizer_config(options: ModelArguments, pretraining: bool) -> MultiMaxConfig | None:
+    """What to patch with; None for the stock model with SoftMax.
+
+    Raises:
+        DataError: for an unknown name, or options that do not go together.
+    """
+    name = options.normalizer or "multimax"
+    if name not in registered_normalizers():
+        raise DataError(f"--normalizer {name} is unknown: choose one of {', '.join(sorted(registered_normalizers()))}")
+    if name == SOFTMAX and not options.normalizer_kwargs:
+        if options.output:
+            raise DataError("--output modulates by MultiMax: it does not go with --normalizer softmax")
+        return None
+    try:
+        return MultiMaxConfig(
+            normalizer=name,
+            normalizer_kwargs=options.normalizer_kwargs,
+            order=options.order,
+            affine=options.affine,
+            attention=options.attention,
+            output=options.output,
+            per_head=options.per_head,
+            init=options.init or ("paper" if pretraining else "identity"),
+            include=options.include,
+            exclude=options.exclude,
+        )
+    except (TypeError, ValueError) as error:
+        raise DataError(str(error)) from error
+
+
+def build_model(options: ModelArguments, make_stock: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+    """The model to train: what ``make_stock`` makes or loads, patched as the options say.
+
+    For one seed all arms of a comparison start from the same weights, and see the same random numbers afterwards.
+
+    Raises:
+        DataError: if the checkpoint is patched already, with something else than is asked for.
+    """
+    set_seed(seed)
+    model = make_stock()
+    config = normalizer_config(options, pretraining=options.model is None)
+    if is_patched(model):
+        asked = options.normalizer or options.output or not options.attention or options.order or options.per_head
+        if asked and not _same(config, model.config.multimax):
+            has = {key: model.config.multimax[key] for key in _COMPARED}
+            raise DataError(
+                f"the checkpoint {options.model} is patched already, with {has}: leave out --normalizer and its "
+                "options, or start from the stock checkpoint"
+            )
+    elif config is not None:
+        patch_model(model, config)
+    set_seed(seed + 1)
+    return model
+
+
+_COMPARED = ("normalizer", "normalizer_kwargs", "order", "affine", "attention", "output", "per_head")
+
+
+def _same(config: MultiMaxConfig | None, stored: dict[str, Any]) -> bool:
+    return config is not None and all(config.to_dict()[key] == stored[key] for key in _COMPARED)
