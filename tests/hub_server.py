@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from hub_metadata import metadata_errors
 
 USER, TOKEN = "someone", "hf_tokenOfSomeone"
 OTHER_USER, OTHER_TOKEN = "another", "hf_tokenOfAnother"
@@ -339,7 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _validate_yaml(self, body: bytes) -> Any:
         try:
-            errors = [] if isinstance(_metadata(json.loads(body)["content"]), dict) else ["metadata must be a mapping"]
+            errors = metadata_errors(_metadata(json.loads(body)["content"]))
         except yaml.YAMLError as error:
             errors = [str(error)]
         answer = {"errors": [{"message": error} for error in errors], "warnings": []}

@@ -6,14 +6,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hub_server import HubServer
+from huggingface_hub import ModelCard, get_session
 from models import make
 
 from hf_multimax import patch_model
+from hf_multimax.cards import model_card
+
+ROOT = Path(__file__).parents[1]
 
 CARD = b"---\nlicense: mit\ntags:\n- poetry\n---\n# My model\n\nWritten by hand.\n"
 WRONG_TOKEN = "hf_wrongToken"
@@ -253,6 +258,51 @@ def test_a_lost_answer_makes_no_second_commit(hub, pushed):
     assert pushed["answer lost"]["error"] == "RuntimeError"
     assert value(pushed, "after that") == hub.repositories["someone/lost"].refs["main"]
     assert hub.log("someone/lost") == ["Upload MultiMax model", "put"]
+
+
+# -- cards -------------------------------------------------------------------------------------------------------------
+
+CARDS = sorted(path.stem for path in (ROOT / "model_cards").glob("*.md") if path.stem != "template")
+
+
+@pytest.fixture
+def validate(hub, monkeypatch):
+    """The client's own validation of a card, asked of the local Hub though the tests are offline."""
+
+    def post(url, **options):
+        return get_session().post(f"{hub.url}/api/validate-yaml", **options)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.repocard.get_session", lambda: SimpleNamespace(post=post))
+    return lambda card: ModelCard(str(card), ignore_metadata_errors=True).validate()
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_cards_of_the_evidence_pass_validation(validate, hub, name):
+    before = len(hub.requests)
+    validate(ModelCard.load(ROOT / "model_cards" / f"{name}.md"))
+    values = json.loads((ROOT / "recipes" / "results" / f"{name}.json").read_text())
+    runs = [run for arm in values["arms"].values() for run in arm["runs"][:1] if run["multimax"]]
+    for run in runs:
+        data = model_card(None, run, repo_id=f"someone/{name}", license="apache-2.0")
+        validate(data)
+        assert data.data.pipeline_tag == run["task"] and data.data.model_name == name
+    assert runs and len(hub.requests) == before + len(runs) + 1
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("license: mine", "license"),
+        ("pipeline_tag: poetry", "pipeline_tag"),
+        ("language: English", "language"),
+        ("base_model: /a/folder/of/mine", "base_model"),
+        ("tags: [1]", "tags"),
+    ],
+)
+def test_wrong_metadata_do_not_pass_validation(validate, metadata, message):
+    with pytest.raises(ValueError, match=message):
+        validate(f"---\n{metadata}\n---\n# A model\n")
 
 
 # -- load --------------------------------------------------------------------------------------------------------------
