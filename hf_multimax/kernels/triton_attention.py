@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import refuse_second_derivative
+from .arguments import Affine, check_arguments
 
 __all__ = ["attention", "unsupported", "varlen_attention"]
 
@@ -20,8 +21,6 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
-
-Affine = tuple[Tensor | float, Tensor | float]
 
 
 def attention(
@@ -61,15 +60,12 @@ def attention(
         ``[B, H, Nq, Dv]`` in v's type; zeros in rows that attend to nothing.
 
     Raises:
-        ValueError: for shapes that do not fit, ``causal`` with Nq > Nk, or what :func:`unsupported` names.
+        ValueError: for shapes that do not fit, ``causal`` or ``window`` with Nq > Nk, or what :func:`unsupported`
+            names.
+        TypeError: for types that do not fit.
     """
     _refuse(unsupported(q, k, v, ranges, ts, mask=mask))
-    _check_shapes(q, k, v, mask, bias)
-    if causal and q.shape[2] > k.shape[2]:
-        raise ValueError(
-            f"causal attention needs at least as many keys as queries, got {q.shape[2]} queries and {k.shape[2]} keys"
-        )
-    _check_scalars(q.shape[1], ranges, ts, affine, sinks, dropout_p, window)
+    check_arguments(q, k, v, ranges, ts, mask, bias, affine, dropout_p, causal, window, softcap, sinks)
     return _call(q, k, v, ranges, ts, mask, bias, affine, dropout_p, causal, window, scale, softcap, sinks)
 
 
@@ -117,8 +113,9 @@ def varlen_attention(
         )
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     _refuse(unsupported(q, k, v, ranges, ts))
-    _check_shapes(q, k, v, None, None)
-    _check_scalars(q.shape[1], ranges, ts, affine, sinks, dropout_p, window)
+    check_arguments(q, k, v, ranges, ts, None, None, affine, dropout_p, softcap=softcap, sinks=sinks)
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
     packing = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
     out = _call(
         q, k, v, ranges, ts, None, None, affine, dropout_p, causal, window, scale, softcap, sinks, packing=packing
@@ -169,57 +166,6 @@ def _refuse(feature: str | None) -> None:
         )
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
-    fits = (
-        q.ndim == k.ndim == v.ndim == 4
-        and k.shape[:3] == v.shape[:3]
-        and q.shape[0] == k.shape[0]
-        and q.shape[3] == k.shape[3] > 0
-        and k.shape[1] > 0
-        and q.shape[1] % k.shape[1] == 0
-    )
-    if not fits:
-        raise ValueError(
-            "expected q [B, H, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv] with H a multiple of Hkv, "
-            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-        )
-    target = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    for name, tensor in (("mask", mask), ("bias", bias)):
-        if tensor is None:
-            continue
-        if not (tensor.is_floating_point() or (name == "mask" and tensor.dtype == torch.bool)):
-            raise ValueError(f"{name} must be floating{' or boolean' * (name == 'mask')}, got {tensor.dtype}")
-        shape = (1,) * (4 - tensor.ndim) + tuple(tensor.shape)
-        if len(shape) > 4 or any(s not in (1, t) for s, t in zip(shape, target)):
-            raise ValueError(f"{name} of shape {list(tensor.shape)} does not broadcast to {list(target)}")
-
-
-def _check_scalars(
-    heads: int,
-    ranges: Tensor,
-    ts: Tensor,
-    affine: Affine | None,
-    sinks: Tensor | None,
-    dropout_p: float,
-    window: int | None,
-) -> None:
-    if ranges.shape != ts.shape or ranges.ndim not in (1, 2) or ranges.shape[-1] < 2 or ranges.shape[-1] % 2:
-        raise ValueError(
-            f"ranges and ts must both be [2N] or [heads, 2N] with N >= 1, got {list(ranges.shape)} and {list(ts.shape)}"
-        )
-    if ranges.ndim == 2 and ranges.shape[0] != heads:
-        raise ValueError(f"ranges has {ranges.shape[0]} heads, but q has {heads}")
-    for name, value in zip(("affine scale", "affine shift"), affine or ()):
-        if isinstance(value, Tensor) and tuple(value.shape) not in ((), (heads,)):
-            raise ValueError(f"{name} must be a scalar or [{heads}], got {list(value.shape)}")
-    if sinks is not None and tuple(sinks.shape) != (heads,):
-        raise ValueError(f"sinks must be [{heads}], got {list(sinks.shape)}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-
-
 def _call(
     q: Tensor,
     k: Tensor,
@@ -238,7 +184,7 @@ def _call(
     packing: tuple[Tensor | None, Tensor | None, int, int] | None = None,
 ) -> Tensor:
     """Draw a seed, fill in defaults and run the operator."""
-    affine_scale, affine_shift = (_as_tensor(a, q.device) for a in affine or (None, None))
+    affine_scale, affine_shift = affine or (None, None)
     # A tensor, so that compiled graphs draw a new one each time and nothing waits for the device.
     seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
     cu_q, cu_k, max_q, max_k = packing or (None, None, q.shape[2], k.shape[2])
@@ -266,10 +212,6 @@ def _call(
         softcap,
     )
     return out
-
-
-def _as_tensor(value: Tensor | float | None, device: torch.device) -> Tensor | None:
-    return value if value is None or isinstance(value, Tensor) else torch.tensor(float(value), device=device)
 
 
 # --- operators ---------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ class Problem:
 
     @property
     def keep_scale(self) -> float:
-        return 1.0 / (1.0 - self.dropout_p) if self.dropout_p < 1.0 else 0.0
+        return 1.0 / (1.0 - self.dropout_p)
 
 
 def tile(kernel: str, width: int, dtype: torch.dtype, roomy: bool = True) -> Tile:
