@@ -12,7 +12,7 @@ from transformers.utils import output_capturing
 from hf_multimax.backends import choose_kernel, current_backend, tiles_are_slower
 from hf_multimax.functional import Affine, compute_dtype, masked_softmax, modulate
 from hf_multimax.kernels import tiled
-from hf_multimax.modulator import MultiMax, Normalizer, on_its_device
+from hf_multimax.modulator import MultiMax, Normalizer, active_normalizer, on_its_device
 
 __all__ = ["IMPLEMENTATION", "attention_forward", "multimax_attention"]
 
@@ -112,8 +112,8 @@ def attention_forward(
     sinks = s_aux if s_aux is not None else sinks
     # A layer that the config leaves out holds None: it shares its config with patched ones and keeps SoftMax.
     normalizer = module.multimax
-    if normalizer is not None and not isinstance(normalizer, Normalizer):
-        normalizer = normalizer.modulate.__self__  # PEFT wraps what it trains and saves: take the active one
+    if normalizer is not None:
+        normalizer = active_normalizer(normalizer)
     if normalizer is None and current_backend() == "auto" and not weights_wanted and sinks is None and not softcap:
         return sdpa_attention_forward(
             module,

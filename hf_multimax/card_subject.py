@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.modeling import is_patched
-from hf_multimax.modulator import MultiMax, Normalizer, on_its_device, whole
+from hf_multimax.modulator import MultiMax, Normalizer, named_normalizers, on_its_device, whole
 from hf_multimax.normalizers import get_normalizer, registered_normalizers
 from hf_multimax.patching import multimax_parameters
 from hf_multimax.results import MEASURES, Arm, Results, one_line
@@ -174,11 +174,10 @@ def layer_modulators(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         ``learned_alpha`` and so on: rsoftmax has one that is called as a measure of attention, sparsity.
     """
     layers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Normalizer):
-            with on_its_device(module):
-                learned = {key: whole(value) for key, value in _learned(module).items() if value is not None}
-                layers[name.removesuffix(".multimax")] = {key: value.tolist() for key, value in learned.items()}
+    for name, normalizer in named_normalizers(model):
+        with on_its_device(normalizer):
+            learned = {key: whole(value) for key, value in _learned(normalizer).items() if value is not None}
+            layers[name] = {key: value.tolist() for key, value in learned.items()}
     return layers
 
 

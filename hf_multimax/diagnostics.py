@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_multimax.backends import backend
-from hf_multimax.modulator import Normalizer
+from hf_multimax.modulator import Normalizer, named_normalizers
 from hf_multimax.patching import patch_model, unpatch_model
 
 __all__ = ["Measure", "attention_statistics", "entropy", "modulator_curve", "multi_modality", "sparsity", "topk_mass"]
@@ -138,10 +138,9 @@ def attention_statistics(
         stack.enter_context(_patched(model))
         stack.enter_context(_evaluating(model))
         stack.enter_context(backend("eager"))
-        for name, module in model.named_modules():
-            if isinstance(module, Normalizer):
-                recorder = recorders[name.removesuffix(".multimax")] = _Recorder(options)
-                stack.enter_context(recorder.listening_to(module))
+        for name, normalizer in named_normalizers(model):
+            recorder = recorders[name] = _Recorder(options)
+            stack.enter_context(recorder.listening_to(normalizer))
         device = next((parameter.device for parameter in model.parameters()), None)
         for batch in batches:
             _call(model, batch, device)

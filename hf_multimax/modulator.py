@@ -1,6 +1,7 @@
 """MultiMax as a module: its parameters, how they start, and why they stay float32."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -137,6 +138,23 @@ class MultiMax(Normalizer):
     def extra_repr(self) -> str:
         options: dict[str, Any] = {"order": self.order, "num_heads": self.num_heads, "affine": self.scale is not None}
         return ", ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False))
+
+
+def active_normalizer(module: nn.Module) -> Normalizer:
+    """The normalizer of a layer; where PEFT wraps what it trains and saves, the one that acts at present."""
+    return module if isinstance(module, Normalizer) else module.reset_parameters.__self__
+
+
+def named_normalizers(model: nn.Module) -> Iterator[tuple[str, Normalizer]]:
+    """Every layer's name and the normalizer that acts in it; ``multimax_output`` is that of the output logits."""
+    for name, module in model.named_modules():
+        if isinstance(module, Normalizer):
+            place = _PEFT_COPY.sub("", name)
+            if active_normalizer(model.get_submodule(place)) is module:
+                yield place.removesuffix(".multimax"), module
+
+
+_PEFT_COPY = re.compile(r"\.(original_module|modules_to_save\.[^.]+)$")
 
 
 def _is_count(value: Any) -> bool:

@@ -162,13 +162,21 @@ class Results:
 
     @property
     def unfinished(self) -> list[str]:
-        """A sentence for every arm with fewer runs than seeds asked for."""
+        """A sentence for every arm with fewer runs than seeds asked for, or with runs that diverged."""
+        diverged = {name: len(arm.runs) - self._measured_runs(name) for name, arm in self.arms.items()}
         return [
+            f"Of the {len(self.arms[name].runs)} runs of `{name}`, {count} diverged: the figures are of the others."
+            for name, count in diverged.items()
+            if count
+        ] + [
             f"Of the {self.seeds_asked} seeds asked for, {len(arm.runs)} {'was' if len(arm.runs) == 1 else 'were'} "
             f"run for `{arm.name}`."
             for arm in self.arms.values()
             if len(arm.runs) < self.seeds_asked
         ]
+
+    def _measured_runs(self, arm: str) -> int:
+        return sum(_is_number(run["metrics"].get(self.metric)) for run in self.arms[arm].runs)
 
     @functools.cached_property
     def has_p_values(self) -> bool:
@@ -197,7 +205,7 @@ class Results:
 
     def seeds(self, arm: str) -> str:
         """``3``, or ``2 of 3`` where seeds are missing."""
-        done = len(self.arms[arm].runs)
+        done = self._measured_runs(arm)
         return str(done) if done >= self.seeds_asked else f"{done} of {self.seeds_asked}"
 
     def measured(self, arm: str, metric: str) -> str:

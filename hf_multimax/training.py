@@ -6,6 +6,7 @@ the authors advise a clip of its own, or a norm scaled by 1/sqrt(n). That is wha
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from transformers import (
 
 from hf_multimax.cards import layer_modulators, model_card
 from hf_multimax.diagnostics import attention_statistics
-from hf_multimax.modulator import Normalizer, whole
+from hf_multimax.modulator import named_normalizers, whole
 from hf_multimax.patching import is_patched, multimax_parameters
 from hf_multimax.remote import write_loader
 
@@ -45,6 +46,8 @@ __all__ = [
     "MultiMaxTrainingArguments",
     "parameter_groups",
 ]
+
+logger = logging.getLogger(__name__)
 
 OUTPUT = "multimax_output"
 CLIPS = ("group", "scale", "global")
@@ -84,6 +87,10 @@ class MultiMaxArgumentsMixin:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.multimax_max_grad_norm is not None and (self.multimax_clip != "group" or self.max_grad_norm <= 0):
+            raise ValueError("multimax_max_grad_norm acts with multimax_clip='group' and a positive max_grad_norm only")
+        if self.multimax_clip_keys is not None and self.multimax_clip != "scale":
+            raise ValueError("multimax_clip_keys acts with multimax_clip='scale' only")
 
 
 @dataclass
@@ -112,9 +119,15 @@ class MultiMaxTrainerMixin:
                 f"{type(self).__name__} needs MultiMaxTrainingArguments (or the Seq2Seq ones), "
                 f"got {type(self.args).__name__}"
             )
+        if self.optimizer is not None and self.args.multimax_learning_rate is not None:
+            raise ValueError(
+                "multimax_learning_rate does not act on an optimizer of your own: make it of "
+                "hf_multimax.training.parameter_groups(model, multimax_learning_rate=...)"
+            )
         self._check_clip()
         if self.args.multimax_logging and multimax_parameters(self.model):
-            self.add_callback(MultiMaxCallback(self))
+            # In front of the trackers, which close when training ends.
+            self.callback_handler.callbacks.insert(0, MultiMaxCallback(self))
         if self.args.push_to_hub and self.is_world_process_zero() and is_patched(self.model):
             write_loader(self.args.output_dir)  # pushes in the midst of training take what lies there
 
@@ -228,7 +241,11 @@ class MultiMaxCallback(TrainerCallback):
         loader = self.trainer.get_eval_dataloader(_one_of(self.trainer.eval_dataset))
         # A data loader draws a seed: training must see the random numbers that it sees without this log.
         with self.trainer.compute_loss_context_manager(), torch.random.fork_rng(devices=[]):
-            statistics = attention_statistics(model, itertools.islice(loader, self.batches))
+            try:
+                statistics = attention_statistics(model, itertools.islice(loader, self.batches))
+            except ValueError as error:  # a log must not end a training
+                logger.warning(f"no measures of attention: {error}")
+                statistics = {}
         for layer, measures in statistics.items():
             for name in ("sparsity", "multi_modality", "entropy"):
                 if not math.isnan(measures[name].value):
@@ -288,8 +305,7 @@ def _separate(optimizer: torch.optim.Optimizer, scalars: list[nn.Parameter], rat
 
 
 def _has_attention(model: nn.Module) -> bool:
-    layers = (name for name, module in model.named_modules() if isinstance(module, Normalizer))
-    return any(not name.endswith(OUTPUT) for name in layers)
+    return any(not name.endswith(OUTPUT) for name, _ in named_normalizers(model))
 
 
 def _one_of(dataset: Any) -> Any:

@@ -48,6 +48,7 @@ from recipes.record import (
 __all__ = ["Job", "main", "parse"]
 
 TRAINER_STATE = "trainer_state.json"
+OPTIONS = "options.json"
 
 
 @dataclass
@@ -110,12 +111,16 @@ def main(
         set_seed(training.seed)
         job = make_job(*parsed, training)
         trainer = build_trainer(job, training)
-    except (DataError, ValueError, OSError) as error:
+        check_options(folder, parsed, training)
+    except Exception as error:
         if os.environ.get("HF_MULTIMAX_TRACEBACK"):
             raise
         if folder is not None and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()  # the Trainer makes it early
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        kind = "" if isinstance(error, DataError | ValueError | OSError) else f"{type(error).__name__}: "
+        sys.exit(f"error: {kind}{' '.join(str(error).split())}")
+    if trainer.is_world_process_zero():
+        write_json(folder / OPTIONS, chosen_options(parsed, training))
     command = shlex.join(["python", "-m", f"recipes.{recipe}", *arguments])
     config = recorded_config(Path(arguments[0])) if _names_config(arguments) else {}
     return run(job, trainer, training, {"command": command, "config": config})
@@ -125,6 +130,7 @@ def parse(recipe: str, argument_classes: tuple[type, ...], arguments: list[str])
     """Instances of the dataclasses, from the defaults, the YAML file named first, and the options, in this order."""
     parser = HfArgumentParser(argument_classes, prog=f"python -m recipes.{recipe}", allow_abbrev=False)
     parser.usage = f"python -m recipes.{recipe} [config.yaml] [--option value ...]"
+    values: dict[str, Any] = {}
     if _names_config(arguments):
         values = read_yaml(Path(arguments[0]))
         known = {f.name for cls in argument_classes for f in dataclasses.fields(cls) if f.init}
@@ -133,6 +139,8 @@ def parse(recipe: str, argument_classes: tuple[type, ...], arguments: list[str])
             raise DataError(f"{arguments[0]} has unknown options: {', '.join(unknown)}")
         parser.set_defaults(**values)
         arguments = arguments[1:]
+    if "output_dir" not in values and not any(word.split("=")[0] == "--output_dir" for word in arguments):
+        raise DataError("--output_dir is missing: the folder to write the model and results.json to")
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
 
 
@@ -146,8 +154,11 @@ def check_output(training: TrainingArguments) -> None:
     ``--resume_from_checkpoint last`` starts from the beginning where there is no checkpoint yet, so that one command
     can be repeated until it is done.
     """
-    if not training.output_dir:
-        raise DataError("--output_dir is missing: the folder to write the model and results.json to")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise DataError(f"--{name} must be at least 1, got {getattr(training, name)}")
+    if not 0 <= training.label_smoothing_factor < 1:
+        raise DataError(f"--label_smoothing_factor must be in [0, 1), got {training.label_smoothing_factor}")
     folder = Path(training.output_dir)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--output_dir {folder} is a file")
@@ -162,6 +173,38 @@ def check_output(training: TrainingArguments) -> None:
             f"--output_dir {folder} holds an earlier run: choose another folder, or go on with it by "
             "--resume_from_checkpoint last"
         )
+
+
+def chosen_options(parsed: list[Any], training: TrainingArguments) -> dict[str, Any]:
+    """The options that decide what is trained, as JSON has them; a resumed run must have the same."""
+    values = {name: value for options in parsed for name, value in vars(options).items()}
+    values |= {name: getattr(training, name) for name in _DECISIVE}
+    values |= {name: value for name, value in vars(training).items() if name.startswith("multimax_")}
+    return json.loads(json.dumps(values, default=str))
+
+
+_DECISIVE = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "seed",
+    "data_seed",
+)
+
+
+def check_options(folder: Path, parsed: list[Any], training: TrainingArguments) -> None:
+    """Raise DataError if a run is resumed with other options than it began with, as two arms in one would be."""
+    path = folder / OPTIONS
+    if training.resume_from_checkpoint is None or not path.exists():
+        return
+    began, now = json.loads(path.read_text(encoding="utf-8")), chosen_options(parsed, training)
+    other = [f"{name} was {began[name]!r}, is {now.get(name)!r}" for name in began if began[name] != now.get(name)]
+    if other:
+        raise DataError(f"the run in {folder} began with other options ({'; '.join(other)}): choose another folder")
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -204,6 +247,7 @@ def run(job: Job, trainer: Trainer, training: TrainingArguments, origin: dict[st
     begin = time.perf_counter()
     train(trainer, training)
     trained = time.perf_counter()
+    training.dataloader_drop_last = False  # what is held out counts whole
     metrics = job.evaluate(trainer)
     evaluated = time.perf_counter()
     layers = layer_figures(trainer)

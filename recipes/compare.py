@@ -34,7 +34,12 @@ from recipes.record import RESULTS, read_yaml, recorded_config, write_json
 from recipes.report import draw_curves
 
 COMPARISON = "comparison.json"
-RECIPES = ("language_modeling", "image_classification", "translation")
+#: The recipes, and the metrics of each that can decide.
+METRICS = {
+    "language_modeling": ("perplexity", "byte_perplexity", "loss"),
+    "image_classification": ("accuracy", "top5_accuracy", "loss"),
+    "translation": ("bleu", "chrf", "perplexity", "loss"),
+}
 #: Fewer pairs make a p-value that says nothing.
 SEEDS_FOR_P = 5
 CONFIDENCE = 0.95
@@ -71,8 +76,20 @@ class Plan:
     jobs: int = 1
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise DataError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        if self.recipe not in METRICS:
+            raise DataError(f"recipe must be one of {', '.join(METRICS)}, got {self.recipe!r}")
+        if self.metric not in METRICS[self.recipe]:
+            raise DataError(f"metric must be one of {', '.join(METRICS[self.recipe])}, got {self.metric!r}")
+        if not isinstance(self.lower_is_better, bool):
+            raise DataError(f"lower_is_better must be true or false, got {self.lower_is_better!r}")
+        if not isinstance(self.config, str):
+            raise DataError(f"config must name the recipe's YAML file, got {self.config!r}")
+        if not isinstance(self.arms, dict) or not all(isinstance(arm, dict) for arm in self.arms.values()):
+            raise DataError("arms must be `name: {option: value}` lines, with {} for no option")
+        for name, options in {"options": self.options, **self.arms}.items():
+            empty = [option for option, value in options.items() if value is None]
+            if empty:
+                raise DataError(f"{name} gives {empty[0]} no value: leave it out for the default")
         if self.reference not in self.arms:
             raise DataError(f"the reference {self.reference!r} is none of the arms {', '.join(self.arms)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -353,6 +370,8 @@ def print_table(comparison: dict[str, Any]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     better = "Lower" if comparison["lower_is_better"] else "Higher"
     print(f"\n{better} is better; step time and peak memory are multiples of {reference}'s.")
+    for sentence in results.unfinished:
+        print(sentence)
     if not comparison["complete"]:
         print(f"Not all runs have finished: {comparison['seeds_asked']} seeds were asked for. Run the command again.")
 

@@ -342,11 +342,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def evaluate(trainer: Trainer) -> dict[str, Any]:
     """Accuracies and loss over all held-out images."""
-    drops, trainer.args.dataloader_drop_last = trainer.args.dataloader_drop_last, False
-    try:
-        prediction = trainer.predict(trainer.eval_dataset)
-    finally:
-        trainer.args.dataloader_drop_last = drops
+    prediction = trainer.predict(trainer.eval_dataset)
     logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
     # Trainer's own loss counts twice what fills up the last batch of several processes.
     loss = cross_entropy(logits.float(), labels).item()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -129,8 +129,7 @@ class FolderImages(LabelledImages):
     def read(self, index: int) -> Image.Image:
         try:
             with Image.open(self.paths[index]) as image:
-                image.load()
-                return image
+                return _upright(image, str(self.paths[index]))
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"the image {self.paths[index]} cannot be read: {error}") from error
 
@@ -158,9 +157,19 @@ class HubImages(LabelledImages):
 
     def read(self, index: int) -> Image.Image:
         try:
-            return self.rows[int(index)][self.image_column]
+            image = self.rows[int(index)][self.image_column]
+            if image is None:
+                raise DataError(f"image {index} of {self.name} is missing")
+            return _upright(image, f"image {index} of {self.name}")
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"image {index} of {self.name} cannot be read: {error}") from error
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    """An image as it is meant to be seen, and as a pipeline reads it: photos are stored turned, with a note of that."""
+    if image.mode.startswith(("I", "F")):  # converting cuts what is above 255
+        raise DataError(f"{name} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits first")
+    return ImageOps.exif_transpose(image)
 
 
 def load_images(

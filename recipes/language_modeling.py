@@ -23,6 +23,7 @@ from transformers import (
     Trainer,
     default_data_collator,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_multimax.training import MultiMaxTrainingArguments
 from recipes.common import Job, main
@@ -67,6 +68,8 @@ class TextArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"--{name} must be positive, got {value}")
+        if self.context == 1:
+            raise DataError("--context must be at least 2: the first token of a window is not predicted")
 
 
 class Windows(Dataset):
@@ -98,6 +101,7 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
     tokenizer = load_tokenizer(options, text, train_text)
     model = build_model(options, lambda: stock_model(options, text, tokenizer), training.seed)
     check_vocabulary(model, tokenizer)
+    check_causal(model)
     context = choose_context(model, text)
     train, held_out = (Windows(encode(tokenizer, part), context) for part in (train_text, held_out_text))
     for part, name in ((train, text.data), (held_out, text.validation_data or f"the held-out end of {text.data}")):
@@ -161,6 +165,23 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     if len(tokenizer) > rows:
         raise DataError(
             f"the tokenizer has {len(tokenizer)} tokens and the model only {rows}: give the model's own tokenizer"
+        )
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Raise DataError if the model sees the tokens that it shall predict."""
+    if is_deepspeed_zero3_enabled():  # the weights are in parts and the model cannot be called by itself
+        return
+    tokens = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    changed = torch.cat([tokens[:, :-1], tokens[:, :1]], dim=1)
+    training = model.training
+    before, after = (model.eval()(input_ids).logits[:, :-1].float() for input_ids in (tokens, changed))
+    model.train(training)
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
+        raise DataError(
+            f"{type(model).__name__} sees the tokens that it should predict: it is no causal language model as it is "
+            "(for BERT and its like, is_decoder in the config makes it one)"
         )
 
 

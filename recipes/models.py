@@ -1,6 +1,7 @@
 """The model of a recipe: what replaces SoftMax in it, and that all arms of a comparison start alike."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from hf_multimax import MultiMaxConfig, is_patched, patch_model, registered_norm
 from recipes.data import DataError
 
 __all__ = ["SOFTMAX", "ModelArguments", "build_model", "normalizer_config"]
+
+logger = logging.getLogger(__name__)
 
 SOFTMAX = "softmax"
 
@@ -101,13 +104,17 @@ def build_model(options: ModelArguments, make_stock: Callable[[], PreTrainedMode
     Raises:
         DataError: if the checkpoint is patched already, with something else than is asked for.
     """
+    if options.model is not None and options.model_config:
+        logger.info(f"--model_config is for models made from scratch: {options.model} keeps its own")
     set_seed(seed)
     model = make_stock()
     config = normalizer_config(options, pretraining=options.model is None)
     if is_patched(model):
-        asked = options.normalizer or options.output or not options.attention or options.order or options.per_head
-        if asked and not _same(config, model.config.multimax):
-            has = {key: model.config.multimax[key] for key in _COMPARED}
+        asked = any(getattr(options, name) != getattr(ModelArguments(), name) for name in _ASKED)
+        compared = [name for name in _ASKED if name != "init" or options.init]
+        stored = MultiMaxConfig.from_dict(model.config.multimax).to_dict()
+        if asked and (config is None or any(config.to_dict()[name] != stored[name] for name in compared)):
+            has = {name: stored[name] for name in compared}
             raise DataError(
                 f"the checkpoint {options.model} is patched already, with {has}: leave out --normalizer and its "
                 "options, or start from the stock checkpoint"
@@ -118,8 +125,16 @@ def build_model(options: ModelArguments, make_stock: Callable[[], PreTrainedMode
     return model
 
 
-_COMPARED = ("normalizer", "normalizer_kwargs", "order", "affine", "attention", "output", "per_head")
-
-
-def _same(config: MultiMaxConfig | None, stored: dict[str, Any]) -> bool:
-    return config is not None and all(config.to_dict()[key] == stored[key] for key in _COMPARED)
+#: Options of what replaces SoftMax.
+_ASKED = (
+    "normalizer",
+    "normalizer_kwargs",
+    "order",
+    "affine",
+    "attention",
+    "output",
+    "per_head",
+    "init",
+    "include",
+    "exclude",
+)

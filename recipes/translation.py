@@ -134,6 +134,9 @@ def make_job(
     model_options: ModelArguments, options: TranslationArguments, training: MultiMaxSeq2SeqTrainingArguments
 ) -> Job:
     """Reads the sentences, makes or loads tokenizer and model, and checks that all of it fits together."""
+    for name in ("generation_num_beams", "generation_max_length", "predict_with_generate", "prediction_loss_only"):
+        if getattr(training, name, None):
+            raise DataError(f"--{name} does not act here: translations are made by --num_beams and --max_new_tokens")
     with training.main_process_first(desc="reading the data"):
         train_pairs, held_out_pairs = read_data(options)
     kind = {**DEFAULT_CONFIG, **model_options.model_config}["model_type"]
