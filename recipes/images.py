@@ -130,6 +130,8 @@ class FolderImages(LabelledImages):
         try:
             with Image.open(self.paths[index]) as image:
                 return _upright(image, str(self.paths[index]))
+        except DataError:
+            raise
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"the image {self.paths[index]} cannot be read: {error}") from error
 
@@ -161,6 +163,8 @@ class HubImages(LabelledImages):
             if image is None:
                 raise DataError(f"image {index} of {self.name} is missing")
             return _upright(image, f"image {index} of {self.name}")
+        except DataError:
+            raise
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"image {index} of {self.name} cannot be read: {error}") from error
 

@@ -178,7 +178,7 @@ def check_causal(model: PreTrainedModel) -> None:
     training = model.training
     before, after = (model.eval()(input_ids).logits[:, :-1].float() for input_ids in (tokens, changed))
     model.train(training)
-    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
+    if (before - after).abs().max() > 1e-5 * before.abs().max():  # an untrained model sees little
         raise DataError(
             f"{type(model).__name__} sees the tokens that it should predict: it is no causal language model as it is "
             "(for BERT and its like, is_decoder in the config makes it one)"

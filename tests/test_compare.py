@@ -10,6 +10,8 @@ import pytest
 import yaml
 from scipy import stats
 
+from hf_multimax import is_patched
+from hf_multimax.results import Results
 from recipes import compare, language_modeling
 from recipes.data import DataError, load_text
 
@@ -156,6 +158,20 @@ def test_results_of_a_config_that_was_changed_are_not_taken(tmp_path, started):
         compare.main([plan])
 
 
+def test_a_run_that_diverged_is_said(tmp_path, started, monkeypatch, capsys):
+    whole = language_modeling.perplexities
+
+    def sometimes(trainer, *rest):
+        diverged = trainer.args.seed == 1 and is_patched(trainer.model)
+        return whole(trainer, *rest) | ({"perplexity": math.inf} if diverged else {})
+
+    monkeypatch.setattr(language_modeling, "perplexities", sometimes)
+    results = Results(compare.main([plan_file(tmp_path)]))
+    assert results.seeds("multimax") == "1 of 2" and results.seeds("softmax") == "2"
+    assert results.unfinished == ["Of the 2 runs of `multimax`, 1 diverged: the figures are of the others."]
+    assert results.unfinished[0] in capsys.readouterr().out
+
+
 def test_pairs_are_over_the_seeds_that_both_arms_have():
     reference = {seed: {"loss": float(seed)} for seed in range(7)}
     arm = {seed: {"loss": seed + difference} for seed, difference in enumerate((0.5, 0.1, 0.3, -0.2, 0.4), start=1)}
@@ -206,6 +222,12 @@ def test_several_processes_and_jobs_share_the_threads(tmp_path, monkeypatch):
         ({"seeds": [1, 1]}, "different"),
         ({"budget": "money"}, "steps or time"),
         ({"jobs": 0}, "at least 1"),
+        ({"metric": "perplexty"}, "metric must be one of perplexity"),
+        ({"lower_is_better": "no"}, "lower_is_better must be"),
+        ({"arms": ["softmax", "multimax"]}, "arms must be"),
+        ({"arms": {"softmax": None}}, "arms must be"),
+        ({"arms": {"softmax": {"include": None}}}, "softmax gives include no value"),
+        ({"config": None}, "config must name"),
         ({"sedes": [1]}, "unknown options: sedes"),
     ],
     ids=str,

@@ -21,6 +21,7 @@ from transformers import (
     ViTImageProcessorPil,
     pipeline,
 )
+from transformers.image_utils import load_image
 
 import hf_multimax
 from hf_multimax import patch_model
@@ -456,6 +457,22 @@ def test_an_unchecked_broken_image_is_named_when_it_is_met(tmp_path):
     (folder / "train" / "bag" / "0.png").write_bytes(b"")
     with pytest.raises(DataError, match="bag/0.png cannot be read"):
         run(tmp_path, data=str(folder), check_images=False)
+
+
+def test_photos_are_turned_as_they_are_meant(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
+    (tmp_path / "train" / "cats").mkdir(parents=True)
+    path = tmp_path / "train" / "cats" / "0.jpg"
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+    assert FolderImages(tmp_path / "train").read(0).size == load_image(str(path)).size == (20, 30)
+
+
+def test_images_of_16_bits_are_refused(tmp_path):
+    (tmp_path / "train" / "cats").mkdir(parents=True)
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(tmp_path / "train" / "cats" / "0.png")
+    with pytest.raises(DataError, match=r"^\S*0.png has more than 8 bits a channel"):
+        FolderImages(tmp_path / "train").read(0)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from models import make
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
 
 import hf_multimax
@@ -51,6 +52,15 @@ def _a_short_text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(load_text("pydoc")[:60_000], encoding="utf-8")
     TINY["data"] = str(path)
+
+
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 
 
 def config_file(folder, **values):
@@ -300,6 +310,12 @@ def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, capsys):
         (["--context", "100000"], "less than one window"),
         (["--validation_share", "2"], "--validation_share"),
         (["--context", "0"], "--context must be positive"),
+        (["--context", "1"], "--context must be at least 2"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be at least 1"),
+        (["--label_smoothing_factor", "1.5"], "--label_smoothing_factor must be in"),
+        (["--model_config", '{"n_layer": "two"}'], "n_layer"),
+        (["--model_config", json.dumps(BERT)], "BertLMHeadModel sees the tokens that it should predict"),
+        (["--multimax_clip_keys", "9"], "multimax_clip='scale' only"),
         (["--model_config", "{"], "--model_config is no JSON"),
         (["--normalizer", "hardmax"], "--normalizer hardmax is unknown"),
         (["--normalizer", "softmax", "--output", "true"], "does not go with --normalizer softmax"),
@@ -325,6 +341,57 @@ def test_a_wrong_file_of_options_is_refused(tmp_path, capsys):
             read_yaml(tmp_path / "wrong.yaml")
     with pytest.raises(DataError, match="cannot be read"):
         read_yaml(tmp_path / "none.yaml")
+
+
+def test_a_folder_to_write_to_must_be_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="--output_dir is missing"):
+        language_modeling.main(*language_modeling.RECIPE, [config_file(tmp_path)])
+    assert not (tmp_path / "trainer_output").exists()
+
+
+def test_bert_as_a_decoder_is_trained(tmp_path):
+    results = run(tmp_path, model_config={**BERT, "is_decoder": True})
+    assert results["model"]["class"] == "BertLMHeadModel"
+
+
+@pytest.mark.parametrize("options", [["--normalizer", "sparsemax"], ["--learning_rate", "0.5"]], ids=str)
+def test_a_run_is_not_resumed_as_another(tmp_path, options):
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path, 3, save_steps=2, save_strategy="steps", normalizer="softmax", output=False)
+    name = options[0].removeprefix("--")
+    with pytest.raises(SystemExit, match=f"began with other options .{name} was .*choose another folder"):
+        run(
+            tmp_path, *options, "--resume_from_checkpoint", "last",
+            save_steps=2, save_strategy="steps", normalizer="softmax", output=False,
+        )  # fmt: skip
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_no_held_out_window_is_dropped(tmp_path):
+    for name in ("whole", "dropping"):
+        (tmp_path / name).mkdir()
+    whole, dropping = (
+        run(tmp_path / name, per_device_eval_batch_size=5, dataloader_drop_last=name == "dropping", max_steps=1)
+        for name in ("whole", "dropping")
+    )
+    assert dropping["metrics"] == pytest.approx(whole["metrics"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include": "h.0"}, "is patched already"),
+        ({"affine": True}, "is patched already"),
+        ({"init": "paper"}, "is patched already"),
+    ],
+    ids=str,
+)
+def test_options_that_a_patched_checkpoint_does_not_have_are_refused(tmp_path, options, message):
+    model = patch_model(make("GPT2LMHeadModel"))
+    with pytest.raises(DataError, match=message):
+        build_model(ModelArguments(model="x", **options), lambda: model, seed=0)
+    assert build_model(ModelArguments(model="x", order=2, init="identity"), lambda: model, seed=0) is model
 
 
 def test_an_earlier_run_is_neither_overwritten_nor_resumed_unasked(tmp_path):

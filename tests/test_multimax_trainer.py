@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard
 from models import inputs_for, make
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -55,7 +56,7 @@ def rows(model, count=4):
 
 def trainer(model, folder, cls=MultiMaxTrainer, arguments=MultiMaxTrainingArguments, **options):
     values = {**QUIET, "max_steps": 2, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, **options}
-    data = rows(model)
+    data = rows(model.get_base_model() if isinstance(model, PeftModel) else model)
     return cls(model=model, args=arguments(str(folder), **values), train_dataset=data, eval_dataset=data)
 
 
@@ -236,6 +237,58 @@ def check_logs(logs, model):
     for name in ("sparsity", "multi_modality", "entropy"):
         assert numbers[f"multimax/{layer}/{name}"] == pytest.approx(measured[name].value, rel=1e-6)
     return numbers
+
+
+def test_peft_trains_logs_and_closes(tmp_path):
+    model = patched()
+    adapted = get_peft_model(model, LoraConfig(modules_to_save=["multimax"], target_modules=["c_attn"]))
+    run = trainer(adapted, tmp_path, eval_strategy="steps", eval_steps=1, learning_rate=0.01, label_names=["labels"])
+    order = []
+
+    class Closing(Listener):
+        def on_train_end(self, *args, **kwargs):
+            order.append(len(self.logs))
+
+    listener = Closing()
+    run.add_callback(listener)
+    run.train()
+    assert order == [len(listener.logs)]
+    numbers = {key: value for log in listener.logs for key, value in log.items() if key.startswith("multimax/")}
+    layer = "base_model.model.transformer.h.1.attn"
+    trained = adapted.get_submodule(f"{layer}.multimax").modules_to_save["default"].ts.tolist()
+    original = adapted.get_submodule(f"{layer}.multimax").original_module.ts.tolist()
+    assert trained != original
+    assert [numbers[f"multimax/{layer}/ts_{name}"] for name in ("b1", "d1", "b2", "d2")] == trained
+    assert f"multimax/{layer}/sparsity" in numbers and not any("original_module" in key for key in numbers)
+    with adapted.disable_adapter():
+        assert layer_modulators(adapted)[layer]["ts"] == original
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"multimax_max_grad_norm": 1.0, "multimax_clip": "global"}, "multimax_max_grad_norm acts"),
+        ({"multimax_max_grad_norm": 1.0, "max_grad_norm": 0.0}, "multimax_max_grad_norm acts"),
+        ({"multimax_clip_keys": 5}, "multimax_clip_keys acts"),
+    ],
+)
+def test_options_that_cannot_act_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiMaxTrainingArguments(str(tmp_path), **options)
+
+
+def test_a_rate_for_an_optimizer_of_ones_own_is_refused(tmp_path):
+    model = patched()
+    optimizer = torch.optim.AdamW(model.parameters())
+    arguments = MultiMaxTrainingArguments(str(tmp_path), **QUIET, multimax_learning_rate=0.1)
+    with pytest.raises(ValueError, match="optimizer of your own"):
+        MultiMaxTrainer(model=model, args=arguments, train_dataset=rows(model), optimizers=(optimizer, None))
+
+
+def test_what_cannot_be_measured_does_not_end_training(tmp_path, caplog):
+    run = trainer(patched(), tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=50)
+    run.train()
+    assert run.state.global_step == 2 and "no measures of attention" in caplog.text
 
 
 def test_trackers_and_the_history_get_scalars_and_measures(tmp_path, capsys):

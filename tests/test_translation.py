@@ -19,6 +19,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from hf_multimax import is_patched, multimax_parameters, patch_model
 from hf_multimax.training import MultiMaxSeq2SeqTrainingArguments, MultiMaxTrainingArguments
 from recipes import common, sentences, translation
+from recipes.data import DataError
 from recipes.language_modeling import TextArguments
 from recipes.models import ModelArguments
 from recipes.record import read_yaml
@@ -292,6 +293,15 @@ def test_length_buckets_depend_on_seed_and_epoch_only():
         return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
 
     assert padding(first) < 0.1 * padding(range(997))
+
+
+@pytest.mark.parametrize(
+    "option", [{"generation_num_beams": 3}, {"predict_with_generate": True}, {"prediction_loss_only": True}], ids=str
+)
+def test_options_of_generation_that_do_not_act_are_refused(tmp_path, option):
+    training = MultiMaxSeq2SeqTrainingArguments(str(tmp_path), **option)
+    with pytest.raises(DataError, match=f"--{next(iter(option))} does not act here"):
+        translation.make_job(ModelArguments(), TranslationArguments(), training)
 
 
 def test_evaluation_buckets_hold_every_sentence_with_its_reference(files):
