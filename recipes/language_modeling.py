@@ -101,8 +101,8 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
     tokenizer = load_tokenizer(options, text, train_text)
     model = build_model(options, lambda: stock_model(options, text, tokenizer), training.seed)
     check_vocabulary(model, tokenizer)
-    check_causal(model)
     context = choose_context(model, text)
+    check_causal(model, min(context, 8))
     train, held_out = (Windows(encode(tokenizer, part), context) for part in (train_text, held_out_text))
     for part, name in ((train, text.data), (held_out, text.validation_data or f"the held-out end of {text.data}")):
         if not len(part):
@@ -169,11 +169,11 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 @torch.no_grad()
-def check_causal(model: PreTrainedModel) -> None:
-    """Raise DataError if the model sees the tokens that it shall predict."""
+def check_causal(model: PreTrainedModel, length: int) -> None:
+    """Raise DataError if the model sees, in a text of ``length`` tokens, those that it shall predict."""
     if is_deepspeed_zero3_enabled():  # the weights are in parts and the model cannot be called by itself
         return
-    tokens = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    tokens = torch.arange(length, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     changed = torch.cat([tokens[:, :-1], tokens[:, :1]], dim=1)
     training = model.training
     before, after = (model.eval()(input_ids).logits[:, :-1].float() for input_ids in (tokens, changed))

@@ -350,6 +350,10 @@ def test_a_folder_to_write_to_must_be_named(tmp_path, monkeypatch):
     assert not (tmp_path / "trainer_output").exists()
 
 
+def test_windows_of_two_tokens_are_the_shortest(tmp_path):
+    assert run(tmp_path, context=2)["data"]["context"] == 2
+
+
 def test_bert_as_a_decoder_is_trained(tmp_path):
     results = run(tmp_path, model_config={**BERT, "is_decoder": True})
     assert results["model"]["class"] == "BertLMHeadModel"
