@@ -145,6 +145,8 @@ def _difference(subject: Subject, run: Mapping[str, Any]) -> str | None:
         return "SoftMax"
     if MultiMaxConfig.from_dict(run["multimax"]).to_dict() != subject.config.to_dict():
         return "another MultiMaxConfig"
+    if run["model"]["parameters"] != subject.parameters:
+        return f"{run['model']['parameters']:,} parameters instead of {subject.parameters:,}"
     for layer, values in run.get("layers", {}).items():
         for key, there in modulator_of(values).items():
             here = subject.layers.get(layer, {}).get(key)

@@ -96,19 +96,30 @@ def check_values(values: dict[str, Any], within: str = "") -> None:
     """
     for key, value in values.items():
         name = f"{within}{key}"
-        if isinstance(value, dict):
+        if "attn_implementation" in key:
+            if any(leaf not in (None, IMPLEMENTATION) for leaf in _leaves(value)):
+                raise ValueError(f"config.json: {name} must be {IMPLEMENTATION!r} or left out, got {value!r}")
+        elif isinstance(value, dict):
             if key != "multimax":
                 check_values(value, f"{name}.")
-        elif "attn_implementation" in key and value not in (None, IMPLEMENTATION):
-            raise ValueError(f"config.json: {name} must be {IMPLEMENTATION!r} or left out, got {value!r}")
         elif key == "transformers_weights" and not str(value).endswith((".safetensors", ".safetensors.index.json")):
             raise ValueError(f"config.json: {name} must name safetensors, got {value!r}")
         elif _SIZE.fullmatch(key):
             # lists of layers may count from the last one
             sizes = [value] if not isinstance(value, list) else [] if key.endswith("layers") else value
-            at_least = 1 if key in _CANNOT_BE_ZERO else 0
+            # some limits and chunks are -1 in Transformers' own defaults, for none
+            none_is_allowed = key.startswith("max_") or key == "chunk_size"
+            at_least = 1 if key in _CANNOT_BE_ZERO else -1 if none_is_allowed else 0
             if any(isinstance(size, int | float) and size < at_least for size in sizes):
                 raise ValueError(f"config.json: {name} must be at least {at_least}, got {value!r}")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from _leaves(part)
+    else:
+        yield value
 
 
 def check_safetensors(path: Any, stored: dict[str, Any], kwargs: dict[str, Any]) -> None:
@@ -146,7 +157,8 @@ def _weights(path: Any, kwargs: dict[str, Any]) -> list[Path]:
     """The safetensors of a folder, or of a repository's snapshot in the cache."""
     hub = {key: kwargs[key] for key in ("revision", "cache_dir", "subfolder") if key in kwargs}
     config = cached_file(path, "config.json", local_files_only=True, **hub)
-    return sorted(Path(config).parent.glob("*.safetensors"))
+    folder = Path(path) if config is None else Path(config).parent
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _damaged(file: Path) -> bool:

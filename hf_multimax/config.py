@@ -125,7 +125,7 @@ class MultiMaxConfig:
             if _may_take_forever(pattern):
                 raise ValueError(
                     f"MultiMaxConfig.{name}: {pattern!r} could take forever to match: use at most {_MAX_REPEATS} of "
-                    "* + ? {n}, none of them on a group that has one inside, or alternatives, and no comments"
+                    "* + ? {n} and (a|b), none of them on a group that has one inside, or alternatives, and no comments"
                 )
 
 
@@ -136,14 +136,14 @@ def _may_take_forever(pattern: str) -> bool:
     plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern)  # escapes and classes match one character
     plain = re.sub(r"\(\?(P<\w+>|<?[=!]|[a-zA-Z-]*:?)", "(", plain)  # a question mark that is no repeat
     repeat = r"(?:[*+?]|\{\d*,?\d*\})[?+]?"
-    if len(re.findall(repeat, plain)) > _MAX_REPEATS:
-        return True
+    forks = len(re.findall(repeat, plain))
     while group := re.search(rf"\(([^()]*)\)({repeat})?", plain):  # from the inside out
         has_choice = re.search(rf"{repeat}|\|", group[1])
+        forks += "|" in group[1]
         if group[2] and has_choice:
             return True
         plain = plain[: group.start()] + ("x?" if has_choice or group[2] else "x") + plain[group.end() :]
-    return False
+    return forks > _MAX_REPEATS
 
 
 def _is_int(value: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -73,6 +74,9 @@ def push(
             all, and a branch made for it is removed again; a repository that was created stays, empty.
     """
     _check_model(model)
+    for name, part in (("tokenizer", tokenizer), ("image_processor", image_processor)):
+        if part is not None and not hasattr(part, "save_pretrained"):
+            raise TypeError(f"{name} must be the object, not {part!r}: load it first")
     with tempfile.TemporaryDirectory(prefix="hf-multimax-") as name:
         folder = Path(name)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -122,25 +126,26 @@ def publish(
     Other arguments, result and exceptions as of :func:`push`.
     """
     _check_token(token)
+    _check_names(repo_id, tags, license)
     files = [file for file in files if file not in (CARD, FIGURE)]
     results = folder / RESULTS if RESULTS in files else None
     figure = _figure(model, folder)
     card_of = functools.partial(
         model_card, model, results, repo_id=repo_id, tokenizer=tokenizer, license=license, modulator_figure=figure
     )
-    card = card_of(existing=_local_card(folder))  # raises for results of another model, before anything is sent
+    card_of(existing=_local_card(folder))  # raises for results of another model, before anything is sent
     api = HfApi(token=token, library_name="hf_multimax", library_version=__version__)
     with _way_out(repo_id), contextlib.ExitStack() as stack:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         head = stack.enter_context(_branch(api, repo_id, revision))
         present = {sibling.rfilename for sibling in head.siblings or ()}
-        if CARD in present:
-            existing = ModelCard.load(api.hf_hub_download(repo_id, CARD, revision=head.sha))
-            card = card_of(existing=existing, repo_id=repo_id)
+        there = ModelCard.load(api.hf_hub_download(repo_id, CARD, revision=head.sha)) if CARD in present else None
+        card = card_of(existing=there or _local_card(folder), repo_id=repo_id)  # the name now has its namespace
         _tag(card, [*(model.model_tags or ()), *([tags] if isinstance(tags, str) else tags or ())])
         card.save(folder / CARD)
         files += [CARD, *([figure] if figure else [])]
-        stale = sorted(name for name in present - set(files) if _WEIGHTS.fullmatch(name))
+        whole = {"model.safetensors", "model.safetensors.index.json"} & set(files)  # no adapter, no variant
+        stale = sorted(name for name in present - set(files) if whole and _WEIGHTS.fullmatch(name))
         return api.create_commit(
             repo_id,
             [
@@ -161,6 +166,17 @@ def _check_model(model: nn.Module) -> None:
             f"push needs a MultiMax model, got {type(model).__name__}: call hf_multimax.patch_model first; of a "
             "wrapped model give the one inside, of a PEFT model the merged one (merge_and_unload)"
         )
+
+
+def _check_names(repo_id: str, tags: Any, license: Any) -> None:
+    if not isinstance(repo_id, str) or not repo_id:
+        raise ValueError(f"repo_id must be 'user/name' or 'name', got {repo_id!r}")
+    validate_repo_id(repo_id)
+    tags = tags if isinstance(tags, Iterable) else [] if tags is None else [tags]
+    if not all(isinstance(tag, str) for tag in tags):
+        raise TypeError(f"tags must be a string or several, got {tags!r}")
+    if not isinstance(license, str | None):
+        raise TypeError(f"license must be one of the Hub's identifiers, such as 'mit', got {license!r}")
 
 
 def _check_token(token: str | bool | None) -> None:
@@ -210,11 +226,13 @@ def _branch(api: HfApi, repo_id: str, revision: str | None) -> Iterator[ModelInf
         yield info
         return
     api.create_branch(repo_id, branch=revision)
+    info = api.model_info(repo_id, revision=revision)
     try:
-        yield api.model_info(repo_id, revision=revision)
+        yield info
     except BaseException:
         with contextlib.suppress(Exception):  # the first exception is the one to know of
-            api.delete_branch(repo_id, branch=revision)
+            if api.model_info(repo_id, revision=revision).sha == info.sha:  # nobody has committed to it
+                api.delete_branch(repo_id, branch=revision)
         raise
 
 
@@ -230,7 +248,9 @@ def _way_out(repo_id: str) -> Iterator[None]:
         yield
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        way_out = advice.get(status, "Call it again: files that have arrived are not sent twice.")
+        passing = status is None or status == 429 or status >= 500
+        default = "Call it again: files that have arrived are not sent twice." if passing else ""
+        way_out = advice.get(status, default)
         raise RuntimeError(
             f"the push to {repo_id} stopped, and nothing is half-done: a commit is made whole or not at all. {way_out} "
             f"What happened: {type(error).__name__}: {str(error).strip()}"

@@ -233,7 +233,9 @@ class MultiMaxMixin:
                 for, or if config.json says something impossible.
             OSError: if there are no safetensors, or one of the files is damaged (the text names it).
         """
-        if kwargs.setdefault("use_safetensors", True) is not True:
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        if kwargs["use_safetensors"] is not True:
             raise ValueError("MultiMax checkpoints are read from safetensors only: leave use_safetensors at True")
         stored = stored_config(cls, pretrained_model_name_or_path, kwargs)
         implementation = kwargs.get("attn_implementation")
@@ -263,6 +265,11 @@ class MultiMaxMixin:
         """As every ``save_pretrained``, and the loader file. With ``push_to_hub`` what it wrote is published."""
         if "multimax" not in vars(self.config):
             raise ValueError("this MultiMax model's config was replaced by one without a 'multimax' entry: put it back")
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "this MultiMax model has adapters of add_adapter, beside which Transformers would not save its own "
+                "parameters: call delete_adapter first, or use peft.get_peft_model with modules_to_save=['multimax']"
+            )
         hub = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if push_to_hub and name in kwargs}
         folder = Path(save_directory)
         before = self._get_files_timestamps(folder) if folder.is_dir() else {}

@@ -20,6 +20,23 @@ MEASURES = ("sparsity", "multi_modality", "entropy", "topk_mass")
 _SCHEMA = 1
 _RUN = ("task", "command", "seed", "model", "data", "training", "metrics")
 _COMPARISON = ("task", "command", "reference", "seeds_asked", "metric", "lower_is_better", "data", "arms", "summary")
+_OBJECTS = (
+    "model",
+    "data",
+    "training",
+    "metrics",
+    "time",
+    "memory",
+    "layers",
+    "versions",
+    "machine",
+    "arms",
+    "summary",
+)
+#: The types of fields, and what must be in some.
+_KINDS: dict[str, type] = {**dict.fromkeys(_OBJECTS, dict), "task": str, "command": str}
+_JSON = {dict: "object", str: "string"}
+_INNER = {"model": ("class", "type", "parameters", "multimax_parameters"), "data": ("name",)}
 _LABELS = {
     "byte_perplexity": "perplexity per byte",
     "accuracy": "top-1 accuracy",
@@ -106,6 +123,15 @@ class Results:
         missing = [name for name in names if name not in values]
         if missing:
             raise ValueError(f"{self.name} is incomplete: {where}{missing[0]} is missing")
+        for name, kind in _KINDS.items():
+            if name in values and not isinstance(values[name], kind):
+                raise ValueError(
+                    f"{self.name}: {where}{name} must be a JSON {_JSON[kind]}, got {json.dumps(values[name])[:50]}"
+                )
+        for name, inner in _INNER.items():
+            lacking = [key for key in inner if name in names and key not in values[name]]
+            if lacking:
+                raise ValueError(f"{self.name} is incomplete: {where}{name}.{lacking[0]} is missing")
 
     def _run_arm(self) -> dict[str, Arm]:
         run = self.values

@@ -137,7 +137,10 @@ class MultiMaxTrainerMixin:
         model = self.accelerator.unwrap_model(self.model)
         path = Path(self.args.output_dir) / "README.md"
         if self.is_world_process_zero() and is_patched(model) and path.exists():
-            model_card(model, existing=ModelCard.load(path), tokenizer=self.processing_class).save(path)
+            card = model_card(
+                model, repo_id=self.hub_model_id, existing=ModelCard.load(path), tokenizer=self.processing_class
+            )
+            card.save(path)
 
     def _check_clip(self) -> None:
         if self.args.max_grad_norm <= 0 or self.args.multimax_clip == "global" or not multimax_parameters(self.model):

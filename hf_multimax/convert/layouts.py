@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,9 +63,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options of the training script; data only
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, struct.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     except pickle.UnpicklingError as error:
+        if "Unsupported global" not in str(error):
+            raise ValueError(f"{path} cannot be read: it is no checkpoint of torch.save, or is damaged") from error
         raise ValueError(
             f"{path} cannot be read without running code in it ({str(error).splitlines()[0]}). If you trust its "
             'source, save the weights alone: torch.save(torch.load(path, weights_only=False)["model"], other_path)'
