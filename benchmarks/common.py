@@ -202,7 +202,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: version for name in VERSIONED if (version := _version(name))},
         "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")),
     }
     if torch.device(device).type == "cuda":
         described["gpu"] = torch.cuda.get_device_name()

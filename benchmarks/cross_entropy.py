@@ -76,17 +76,18 @@ def measure(tokens: int, vocab: int, device: str, dtype: torch.dtype) -> list[di
         max_rounds=5 if few else 50,
         warmup=0 if few else 2,
     )
+    time, peak = ({base: x[base] for base in (UNFUSED, UNFUSED_SOFTMAX) if base in fitting} for x in (timings, peaks))
     return [
         {
             "tokens": tokens,
             "vocabulary": vocab,
             "computation": name,
             "seconds": timings[name].median,
-            "time / unfused": timings[name].ratio(timings[UNFUSED]) if UNFUSED in fitting else None,
-            "time / unfused SoftMax": timings[name].ratio(timings[UNFUSED_SOFTMAX]),
+            "time / unfused": timings[name].ratio(time[UNFUSED]) if UNFUSED in time else None,
+            "time / unfused SoftMax": timings[name].ratio(time[UNFUSED_SOFTMAX]) if UNFUSED_SOFTMAX in time else None,
             "peak MB": peaks[name] / 2**20,
-            "peak / unfused": peaks[name] / peaks[UNFUSED] if UNFUSED in fitting else None,
-            "peak / unfused SoftMax": peaks[name] / peaks[UNFUSED_SOFTMAX],
+            "peak / unfused": peaks[name] / peak[UNFUSED] if UNFUSED in peak else None,
+            "peak / unfused SoftMax": peaks[name] / peak[UNFUSED_SOFTMAX] if UNFUSED_SOFTMAX in peak else None,
             "load": load(),
         }
         for name in fitting

@@ -66,7 +66,10 @@ def choose_kernel(
         return None
     if _backend != "auto":
         kernel = _KERNELS[_backend]
-        missing = "returning attention weights" if weights else kernel.unsupported(q, k, v, ranges, ts, **features)
+        if weights or torch.autograd.forward_ad._current_level >= 0:
+            missing = "returning attention weights" if weights else "forward derivatives"
+        else:
+            missing = kernel.unsupported(q, k, v, ranges, ts, **features)
         if missing:
             raise ValueError(
                 f"backend({_backend!r}) does not support {missing}: use backend('auto') or backend('eager')"

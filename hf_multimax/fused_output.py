@@ -35,10 +35,11 @@ class FusedLoss:
 
     def __call__(self, hidden: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
         """The loss of ``hidden`` ``[..., tokens, d]`` and ``labels`` ``[..., tokens]``."""
+        ignored = options.get("ignore_index", -100)
         if options.get("shift_labels") is not None:
             labels = options["shift_labels"]
         elif self.shifted:
-            labels = pad(labels, (0, 1), value=-100)[..., 1:]
+            labels = pad(labels, (0, 1), value=ignored)[..., 1:]
         modulator = self.model.multimax_output
         return multimax_linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
@@ -47,6 +48,7 @@ class FusedLoss:
             modulator.ranges,
             modulator.ts,
             bias=self.bias,
+            ignore_index=ignored,
             affine=modulator.affine,
             softcap=self.softcap,
             num_items_in_batch=options.get("num_items_in_batch"),

@@ -29,11 +29,20 @@ def check_arguments(
             raise ValueError(f"{name} must be [batch, heads, length, dim], got {list(tensor.shape)}")
         if not tensor.is_floating_point() or tensor.dtype != q.dtype:
             raise TypeError(f"q, k and v must share one floating type, got {q.dtype}, {k.dtype} and {v.dtype}")
+    named = {"k": k, "v": v, "ranges": ranges, "ts": ts, "mask": mask, "bias": bias, "sinks": sinks}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"q is on {q.device}, but {name} is on {tensor.device}: move it there")
     batch, heads, rows, dim = q.shape
     keys = k.shape[2]
     if not dim:
         raise ValueError(f"the head dimension must be at least 1, got q {list(q.shape)}")
-    if k.shape[0] != batch or v.shape[:3] != k.shape[:3] or k.shape[3] != dim or heads % max(k.shape[1], 1):
+    if (
+        k.shape[0] != batch
+        or v.shape[:3] != k.shape[:3]
+        or k.shape[3] != dim
+        or (heads % k.shape[1] if k.shape[1] else heads)
+    ):
         raise ValueError(
             "q [B, H, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv] with H a multiple of Hkv do not fit "
             f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
@@ -67,6 +76,8 @@ def _check_parameters(ranges: Tensor, ts: Tensor, affine: Affine | None, sinks: 
     for name, tensor in zip(("affine scale", "affine shift"), affine or ()):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, a scalar or [{heads}], got {type(tensor).__name__}")
+        if tensor.device != ranges.device:
+            raise ValueError(f"q is on {ranges.device}, but {name} is on {tensor.device}: move it there")
         if tensor.shape not in ((), (heads,)):
             raise ValueError(f"{name} must be a scalar or [{heads}], got {list(tensor.shape)}")
     if sinks is not None and sinks.shape != (heads,):

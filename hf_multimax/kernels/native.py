@@ -340,7 +340,8 @@ def _scalar_gradients(partial: Tensor | None, ranges: Tensor) -> tuple[Tensor | 
         return (None,) * 4
     size, total = ranges.shape[-1], partial.sum((0, 1))
     both = (total if ranges.ndim == 2 else total.sum(0)).to(ranges.dtype)
-    return both[..., :size], both[..., size : 2 * size], total[:, -2], total[:, -1]
+    parts = both[..., :size], both[..., size : 2 * size], total[:, -2], total[:, -1]
+    return tuple(part.clone(memory_format=torch.contiguous_format) for part in parts)  # outputs must not alias
 
 
 def _sink_gradient(sinks: Tensor | None, stats: Tensor, delta: Tensor) -> Tensor | None:

@@ -83,16 +83,16 @@ def _openmp_runtime() -> Path:
 def _cache_directory() -> Path:
     """HF_MULTIMAX_CACHE, else hf_multimax below the user's cache folder; a temporary folder where it is read-only."""
     base = os.environ.get("HF_MULTIMAX_CACHE")
-    if base:
-        directory = Path(base)
-    else:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_multimax"
     try:
+        if base:
+            directory = Path(base)
+        else:
+            directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_multimax"
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(directory, os.W_OK):
             return directory
-    except OSError as error:
-        logger.debug("cannot use %s: %s", directory, error)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home folder
+        logger.debug("no cache folder can be used: %s", error)
     return Path(tempfile.mkdtemp(prefix="hf_multimax_"))
 
 

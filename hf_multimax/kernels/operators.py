@@ -23,10 +23,10 @@ def define_operator(name: str, function: Callable, fake: Callable, dispatch_key:
 
 
 def fitted(grad: Tensor, like: Tensor) -> Tensor:
-    """A gradient in its input's type and shape; one kept per head is summed where the heads share the parameter."""
+    """A gradient in its input's type and shape, contiguous as the fake one; summed where heads share the parameter."""
     while grad.ndim > like.ndim:
         grad = grad.sum(0)
-    return grad.to(like.dtype)
+    return grad.to(like.dtype).contiguous()
 
 
 def fake_gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor]:

@@ -78,6 +78,8 @@ class MultiMaxRows:
         empty = x.amax(-1, keepdim=True) == MINUS_INFINITY if may_be_empty else None
         if self.sinks is not None:
             self._sink_share = torch.sigmoid(_of(self.sinks, tile) - x.logsumexp(-1, keepdim=True))
+            if empty is not None:  # nothing is shared in an empty row, of which also a sink of -inf would make NaN
+                self._sink_share = self._sink_share.masked_fill(empty, 0.0)
         torch.softmax(x, -1, out=x)
         if empty is not None and empty.any():
             x.masked_fill_(empty, 0.0)
@@ -195,7 +197,6 @@ class AutogradRows:
         self.function = function
         self.parameters = [x.detach().requires_grad_(wanted) for x, wanted in zip(parameters, needed)] or parameters
         self.grads = [torch.zeros_like(x) if x.requires_grad else None for x in self.parameters]
-        self.differentiate = bool(needed) or not parameters
         self._graph: tuple[Tensor, Tensor] | None = None
 
     def forward(self, problem: Problem, tile: Tile, scores: Scores, differentiate: bool) -> Tensor:

@@ -147,7 +147,8 @@ def _attention_forward(
 
 
 def _empty_output(q: Tensor, v: Tensor) -> Tensor:
-    return torch.empty((*q.shape[:3], v.shape[3]), dtype=v.dtype, device=v.device)
+    make = torch.empty if v.shape[2] else torch.zeros  # without keys there are no tiles that fill it
+    return make((*q.shape[:3], v.shape[3]), dtype=v.dtype, device=v.device)
 
 
 def _fake_forward(q, k, v, *rest):
@@ -174,11 +175,15 @@ def _attention_backward(
     softcap: float,
     needed: Sequence[bool],
 ) -> list[Tensor]:
+    inputs = (q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks)
+    if not q.numel() or not k.numel():
+        return [
+            x.new_zeros(x.shape) if wanted and x is not None else q.new_empty(0) for x, wanted in zip(inputs, needed)
+        ]
     options = Options(dropout_p, causal, window, scale, softcap)
     problem = Problem(q, k, v, mask, bias, seed, options, whole_heads=False)
     scalars = needed[3] or needed[4]
     rows = MultiMaxRows(ranges, ts, affine_scale, affine_shift, sinks, q.shape[1], problem.dtype, scalars)
-    inputs = (q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks)
     grads = run_backward(problem, rows, grad_out, bias if needed[6] else None, mask if needed[5] else None)
     found = (
         grads.q, grads.k, grads.v, rows.grad_ranges, rows.grad_ts, grads.mask, grads.bias,

@@ -54,6 +54,8 @@ def plan_tiles(
     batch: int, heads: int, kv_heads: int, rows: int, keys: int, options: Options, whole_heads: bool
 ) -> Iterator[Tile]:
     """The tiles of a call: a function of its shapes alone, so that forward and backward drop the same weights."""
+    if not batch * heads * kv_heads * rows * keys:
+        return
     group, banded = heads // kv_heads, options.causal or options.window >= 0
     height = min(rows, CAUSAL_ROWS) if banded else rows
     kv_step = kv_heads

@@ -93,7 +93,8 @@ def varlen_attention(
     Args:
         q: ``[Tq, H, D]``; k, v: ``[Tk, Hkv, D]`` and ``[Tk, Hkv, Dv]``: the tokens of all sequences, one after another.
         cu_seqlens_q, cu_seqlens_k: ``[sequences + 1]`` int32 or int64, where each sequence starts, and the end.
-        max_seqlen_q, max_seqlen_k: lengths of the longest sequence; longer ones would be cut.
+        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence. What is longer is not noticed, as this
+            would wait for the device, and gets wrong outputs and gradients.
         others: as for :func:`attention`. A causal sequence with more queries than keys gives its first rows nothing.
 
     Returns:
@@ -197,7 +198,7 @@ def _call(
         ts.contiguous(),
         affine_scale,
         affine_shift,
-        sinks,
+        None if sinks is None else sinks.contiguous(),
         mask,
         bias,
         seed,

@@ -1,0 +1,105 @@
+"""Calls at the edge of what the kernels take: other devices, nothing to attend to, the strides that fakes promise."""
+
+import pytest
+import torch
+from models import make
+from torch.autograd import forward_ad
+
+from hf_multimax import backend, multimax_attention, multimax_parameters, patch_model
+from hf_multimax.kernels import native, native_build
+
+BACKENDS = ["eager", "tiled", "native"]
+
+
+@pytest.fixture(params=BACKENDS)
+def chosen(request):
+    if request.param == "native" and not native.available():
+        pytest.skip("no native kernels here")
+    with backend(request.param):
+        yield request.param
+
+
+def call(heads=2, kv_heads=2, rows=5, keys=5, order=2, per_head=True):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, rows, 8), (1, kv_heads, keys, 8), (1, kv_heads, keys, 8)]
+    shapes += [(heads, 2 * order) if per_head else (2 * order,)] * 2
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_gradients_are_contiguous_and_share_no_storage(chosen, heads, per_head):
+    tensors = call(heads, heads, per_head=per_head)
+    grads = torch.autograd.grad(multimax_attention(*tensors).sum(), tensors)
+    if chosen != "eager":
+        assert all(grad.is_contiguous() for grad in grads)
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == len(grads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", ["tiled", "native"], indirect=True)
+def test_compiled_training_with_parameters_per_head(chosen):
+    tensors = call()
+    expected = torch.autograd.grad(multimax_attention(*tensors).square().sum(), tensors)
+    compiled = torch.compile(multimax_attention, fullgraph=True)
+    actual = torch.autograd.grad(compiled(*tensors).square().sum(), tensors)
+    for a, b in zip(actual, expected):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["k", "v", "ranges", "ts", "attn_mask"])
+def test_tensors_on_several_devices_are_refused(chosen, name):
+    query, key, value, ranges, ts = call()
+    arguments = {"q": query, "k": key, "v": value, "ranges": ranges, "ts": ts, "attn_mask": torch.ones(5, 5)}
+    arguments[name] = arguments[name].detach().to("meta")
+    with pytest.raises(ValueError, match="q is on cpu, but .* meta"):
+        multimax_attention(**arguments)
+
+
+def test_no_key_heads_are_refused(chosen):
+    with pytest.raises(ValueError, match="H a multiple of Hkv"):
+        multimax_attention(*call(kv_heads=0))
+
+
+@pytest.mark.parametrize("shape", [{"keys": 0}, {"rows": 0}, {"rows": 0, "keys": 0}], ids=str)
+def test_nothing_to_attend_to_gives_zeros(chosen, shape):
+    tensors = call(**shape)
+    out = multimax_attention(*tensors)
+    assert out.shape == tensors[0].shape and not out.any()
+    for grad, tensor in zip(torch.autograd.grad(out.sum(), tensors, allow_unused=True), tensors):
+        assert grad is None or (grad.shape == tensor.shape and not grad.any())
+
+
+@pytest.mark.parametrize("chosen", ["tiled", "native"], indirect=True)
+def test_a_chosen_kernel_refuses_forward_derivatives(chosen):
+    query, *rest = (tensor.detach() for tensor in call())
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(ValueError, match="does not support forward derivatives"):
+            multimax_attention(dual, *rest)
+
+
+def test_without_a_home_folder_a_temporary_one_is_taken(monkeypatch, tmp_path):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("HF_MULTIMAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(native_build.Path, "home", homeless)
+    monkeypatch.setattr(native_build.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    assert native_build._cache_directory() == tmp_path
+
+
+def test_the_fused_loss_ignores_the_label_that_it_is_told_to():
+    model = patch_model(make("GPT2LMHeadModel"), output=True).train()
+    with torch.no_grad():
+        for parameter in multimax_parameters(model).values():
+            parameter.add_(0.3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ids = torch.arange(12)[None] % 4
+    losses = [model(ids, labels=ids, ignore_index=0) for _ in range(2)]
+    assert losses[1].logits is None  # the second call is fused
+    expected = model.eval()(ids, labels=ids, ignore_index=0).loss
+    torch.testing.assert_close(losses[1].loss, expected)
