@@ -119,6 +119,8 @@ def test_matching_names():
         ".*" * 6 + "!",
         "(?x)#[\n(a+)+$#]",
         "(?#[)(a+)+$(?#])",
+        "(|)" * 16 + "Q",
+        "(?:.|.)" * 18 + "$Q",
     ],
 )
 def test_patterns_that_could_take_forever_are_refused(pattern):

@@ -15,7 +15,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard, get_session
 from models import make
 
-from hf_multimax import patch_model
+from hf_multimax import patch_model, push
 from hf_multimax.cards import model_card
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +50,7 @@ TAMPERED: dict[str, tuple[dict[str, Any], str]] = {
         "MultiMaxConfig.normalizer_kwargs must be a JSON object",
     ),
     "kernel-to-fetch": ({"attn_implementation": "evil/kernel"}, "evil/kernel"),
+    "kernel-in-a-dict": ({"attn_implementation": {"": "evil/kernel"}}, "attn_implementation must be"),
     "hidden-kernel-to-fetch": (
         {"_attn_implementation_internal": "evil/kernel"},
         "_attn_implementation_internal must be",
@@ -258,6 +259,25 @@ def test_a_lost_answer_makes_no_second_commit(hub, pushed):
     assert pushed["answer lost"]["error"] == "RuntimeError"
     assert value(pushed, "after that") == hub.repositories["someone/lost"].refs["main"]
     assert hub.log("someone/lost") == ["Upload MultiMax model", "put"]
+
+
+# -- bad arguments -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"repo_id": "a/b/c"}, ValueError, "a/b/c"),
+        ({"repo_id": ""}, ValueError, "repo_id must be"),
+        ({"tokenizer": "gpt2"}, TypeError, "tokenizer must be the object"),
+        ({"tags": 3}, TypeError, "tags must be"),
+        ({"license": ["mit"]}, TypeError, "license must be"),
+    ],
+    ids=str,
+)
+def test_arguments_that_cannot_be_published_are_refused_before_anything_is_sent(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        push(patch_model(make("GPT2LMHeadModel")), **{"repo_id": "someone/never", **arguments})
 
 
 # -- cards -------------------------------------------------------------------------------------------------------------

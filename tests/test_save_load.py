@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from models import inputs_for, make
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -431,6 +432,25 @@ def test_a_model_whose_config_was_replaced_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="config was replaced"):
         model.save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_beside_which_the_scalars_would_be_lost_are_refused(tmp_path):
+    model = patch_model(make("GPT2LMHeadModel"))
+    model.add_adapter(LoraConfig(target_modules=["c_attn"]))
+    with pytest.raises(ValueError, match="adapters of add_adapter"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model.delete_adapter("default")
+    model.save_pretrained(tmp_path / "out")
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "out", use_safetensors=None), type(model))
+
+
+def test_limits_of_minus_one_are_defaults(tmp_path):
+    model = patch_model(make("GPT2LMHeadModel"))
+    model.config.max_relative_positions = -1
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.max_relative_positions == -1
 
 
 def test_pickled_weights_are_refused(tmp_path):
