@@ -104,6 +104,13 @@ class Interpreted:
         exact = run(reference, doubles, {"dropout": kept.double() / 0.7}, grad.double())
         assert all(relative_error(actual[name], exact[name]) < 1e-5 for name in actual)
 
+    def test_sinks_of_any_strides(self):
+        tensors, _ = Case("", (1, 2, 2, 17, 17)).build()
+        inputs = [tensor.detach() for tensor in tensors.values()]
+        wide = torch.randn(4)
+        expected = attention(*inputs, sinks=wide[::2].clone())
+        assert torch.equal(attention(*inputs, sinks=wide[::2]), expected)
+
     def test_nan_stays_in_its_row(self):
         tensors, _ = Case("", (1, 1, 1, 35, 20)).build()
         tensors["q"][0, 0, 5] = float("nan")
