@@ -13,12 +13,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from hf_multimax.attention import eager_attention
+from hf_multimax.functional import masked_softmax, modulate
 from hf_multimax.kernels.triton_attention import attention, unsupported, varlen_attention
 from tests.attention_cases import Case, check, reference, run
-from tests.tolerances import RELATIVE, assert_none_worse, relative_error
+from tests.tolerances import RELATIVE, assert_draws_no_worse, assert_none_worse, relative_error
+
+if importlib.util.find_spec("triton") is not None:
+    from triton.runtime import interpreter
 
 ROOT = Path(__file__).parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -51,6 +57,22 @@ CASES = [
     Case("steep", (1, 1, 1, 17, 17), spread=20.0, slope=5.0, threshold=100.0),
 ]  # fmt: skip
 
+_ONE_HEAD = (1, 1, 1, 33, 33)
+HALF_CASES = [
+    Case("ordinary", _ONE_HEAD),
+    Case("large scores", _ONE_HEAD, spread=20.0),
+    Case("slopes of 5", _ONE_HEAD, slope=5.0),
+    Case("steep", _ONE_HEAD, spread=20.0, slope=5.0),
+    Case("few queries", (1, 2, 1, 3, 70), spread=20.0, slope=5.0),
+    Case("far thresholds", _ONE_HEAD, spread=20.0, slope=5.0, threshold=100.0),
+]
+
+
+def _exact_dot(self, a, b, accumulator, *options):
+    """A product whose sums do not depend on the side an operand is on, as on tensor cores; NumPy's float32 sums do."""
+    product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
+    return interpreter.TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
+
 
 class Interpreted:
     """Collected only in the interpreter's process, see :func:`test_in_the_interpreter`."""
@@ -78,6 +100,26 @@ class Interpreted:
             assert relative_error(actual[name], exact[name]) < 4 * RELATIVE[dtype], name
         for name in ("ranges", "ts", "sinks"):  # these are not rounded, and the error of delta is taken out
             assert relative_error(actual[name], exact[name]) < 1e-4, name
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("case", HALF_CASES, ids=lambda c: c.name)
+    def test_half_precision_is_no_worse_than_the_eager_path(self, case, dtype, monkeypatch):
+        """Where one weight of a row is nearly 1, its gradient is a difference of equals, magnified by the slope."""
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _exact_dot)
+
+        def eager(q, k, v, ranges, ts):
+            return eager_attention(q, k, v, lambda scores: modulate(scores, ranges, ts), masked_softmax)[0]
+
+        errors: dict[str, tuple[list[float], list[float]]] = {}
+        for _ in range(8):
+            tensors, _ = case.build(dtype)
+            grad = torch.randn(*tensors["q"].shape[:3], 16).to(dtype)
+            exact = run(reference, {name: x.double() for name, x in tensors.items()}, {}, grad.double())
+            for i, function in enumerate((attention, eager)):
+                for name, found in run(function, tensors, {}, grad).items():
+                    errors.setdefault(name, ([], []))[i].append(relative_error(found, exact[name]))
+        for name, both in errors.items():
+            assert_draws_no_worse(*both, f"{case.name}: {name}")
 
     def test_repeats_bit_by_bit(self):
         tensors, options = Case("", (1, 2, 1, 33, 40), bias=(1, 2, 33, 40), options=CAUSAL).build()
@@ -148,6 +190,15 @@ class Interpreted:
                 assert (leaf.grad is not None) == (name in wanted)
                 assert leaf.grad is None or torch.equal(leaf.grad, full[name])
 
+    def test_scalars_of_each_head_in_float64(self):
+        """Their gradients are rounded from one float64 buffer: here they must not share it."""
+        tensors, _ = Case("", (1, 2, 2, 17, 17), per_head=True).build()
+        doubles = {**tensors, "ranges": tensors["ranges"].double(), "ts": tensors["ts"].double()}
+        single, double = (run(attention, x, {}, torch.ones(1, 2, 17, 16)) for x in (tensors, doubles))
+        for name in ("ranges", "ts"):
+            assert double[name].is_contiguous() and double[name].untyped_storage().nbytes() == 2 * 4 * 8
+            assert torch.equal(double[name].float(), single[name])
+
     def test_no_keys_and_no_queries(self):
         ranges, ts = torch.randn(2, 4)
         for rows, keys in ((3, 0), (0, 3)):
@@ -189,7 +240,7 @@ class Interpreted:
         tensors = [x.requires_grad_() for x in (q, k, v, ranges, ts, scale, shift)]
         arguments = (
             *tensors, None, torch.rand(5, 5) > 0.2, bias.requires_grad_(), seed, None, None, 5, 5,
-            0.1, True, 4, 0.25, 2.0,
+            0.1, True, 4, 0.25, 2.0, True,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.hf_multimax.triton_attention.default, arguments)
 
@@ -245,10 +296,11 @@ def compile_for_hopper(width: int, dtype: str, features: str) -> None:
     problem = _problem(triton_launch.Problem, width, getattr(torch, dtype), features)
     out = torch.empty_like(problem.q)
     norms = torch.empty(2 if dtype == "float32" else 1, *problem.q.shape[:3])
-    triton_launch.forward(problem, out, norms)
+    residual = None if dtype == "float32" else out
+    triton_launch.forward(problem, out, residual, norms)
     if features != "decode":
         needs = [True] * 5 + [problem.affine_scale is not None] * 2 + [False, problem.bias is not None]
-        triton_launch.backward(problem, out, out, norms, needs)
+        triton_launch.backward(problem, out, out, residual, norms, needs)
     for name, kernel in kernels:
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
             file.write(kernel.asm["ptx"])

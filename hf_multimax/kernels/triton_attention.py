@@ -190,7 +190,9 @@ def _call(
     seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
     cu_q, cu_k, max_q, max_k = packing or (None, None, q.shape[2], k.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, _ = _forward(
+    differentiable = (q, k, v, ranges, ts, affine_scale, affine_shift, sinks, bias)
+    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    out, *_ = _forward(
         q,
         k,
         v,
@@ -211,6 +213,7 @@ def _call(
         window,
         scale,
         softcap,
+        train,
     )
     return out
 
@@ -218,15 +221,18 @@ def _call(
 # --- operators ---------------------------------------------------------------------------------------------------
 
 
-def _outputs(q: Tensor, v: Tensor, zeros: bool = False) -> tuple[Tensor, Tensor]:
-    """Buffers for the output and the rows' norms (two numbers per row in float32, else one).
+def _outputs(q: Tensor, v: Tensor, train: bool, zeros: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Buffers for the output, the rows' norms (two numbers per row in float32, else one) and what rounding cut off.
 
-    The output is laid out as ``[B, Nq, H, Dv]``, so that merging the heads is a view.
+    The output is laid out as ``[B, Nq, H, Dv]``, so that merging the heads is a view. The backward pass wants the
+    output in twice half precision: :func:`~hf_multimax.kernels.triton_backward.dq_kernel` says why.
     """
     batch, heads, n_rows, _ = q.shape
+    single = q.dtype == torch.float32
     make = torch.zeros if zeros else torch.empty
     o = make(batch, n_rows, heads, v.shape[-1], dtype=v.dtype, device=v.device).transpose(1, 2)
-    return o, make(2 if q.dtype == torch.float32 else 1, batch, heads, n_rows, dtype=torch.float32, device=q.device)
+    norms = make(2 if single else 1, batch, heads, n_rows, dtype=torch.float32, device=q.device)
+    return o, norms, o.new_empty(0) if single or not train else torch.zeros_like(o) if zeros else torch.empty_like(o)
 
 
 def _problem(*arguments):
@@ -258,19 +264,21 @@ def _forward(
     window: int | None,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+    train: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, norms and what rounding the output cut off; the last is empty in float32 and unless ``train``."""
     launch, problem = _problem(
         q, k, v, ranges, ts, affine_scale, affine_shift, sinks, mask, bias, seed, cu_q, cu_k, max_q, max_k, dropout_p,
         causal, window, scale, softcap,
     )  # fmt: skip
-    o, norms = _outputs(q, v, zeros=cu_q is not None)
-    launch.forward(problem, o, norms)
-    return o, norms
+    o, norms, residual = _outputs(q, v, train, zeros=cu_q is not None)
+    launch.forward(problem, o, residual if residual.numel() else None, norms)
+    return o, norms, residual
 
 
 @_forward.register_fake
 def _(q, k, v, *others):
-    return _outputs(q, v)
+    return _outputs(q, v, train=others[-1])
 
 
 @torch.library.custom_op("hf_multimax::triton_attention_backward", mutates_args=())
@@ -278,6 +286,7 @@ def _backward(
     do: Tensor,
     o: Tensor,
     norms: Tensor,
+    residual: Tensor,
     needs: list[bool],
     q: Tensor,
     k: Tensor,
@@ -305,11 +314,11 @@ def _backward(
         q, k, v, ranges, ts, affine_scale, affine_shift, sinks, mask, bias, seed, cu_q, cu_k, max_q, max_k, dropout_p,
         causal, window, scale, softcap,
     )  # fmt: skip
-    return launch.backward(problem, do, o, norms, needs)
+    return launch.backward(problem, do, o, residual if residual.numel() else None, norms, needs)
 
 
 @_backward.register_fake
-def _(do, o, norms, needs, q, k, v, ranges, ts, affine_scale, affine_shift, sinks, mask, bias, *others):
+def _(do, o, norms, residual, needs, q, k, v, ranges, ts, affine_scale, affine_shift, sinks, mask, bias, *others):
     inputs = (q, k, v, ranges, ts, affine_scale, affine_shift, sinks, bias)
     return [_gradient_buffer(x) if need else q.new_empty(0) for x, need in zip(inputs, needs)]
 
@@ -324,20 +333,19 @@ _DIFFERENTIABLE = (0, 1, 2, 3, 4, 5, 6, 7, 9)
 
 
 def _save(ctx, inputs, output) -> None:
-    o, norms = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(o, norms, *inputs[:_TENSORS])
-    ctx.options = inputs[_TENSORS:]
+    ctx.save_for_backward(*output, *inputs[:_TENSORS])
+    ctx.options = inputs[_TENSORS:-1]
 
 
-def _differentiate(ctx, do: Tensor | None, _: Tensor | None):
+def _differentiate(ctx, do: Tensor | None, *_: Tensor | None):
     refuse_second_derivative("triton")
-    o, norms, *tensors = ctx.saved_tensors
-    nothing = [None] * (_TENSORS + len(ctx.options))
+    o, norms, residual, *tensors = ctx.saved_tensors
+    nothing = [None] * (_TENSORS + len(ctx.options) + 1)
     needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     if do is None or not any(needs):
         return tuple(nothing)
-    found = _backward(do, o, norms, needs, *tensors, *ctx.options)
+    found = _backward(do, o, norms, residual, needs, *tensors, *ctx.options)
     for i, need, gradient in zip(_DIFFERENTIABLE, needs, found):
         nothing[i] = gradient if need else None
     return tuple(nothing)

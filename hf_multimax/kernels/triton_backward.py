@@ -20,14 +20,17 @@ from hf_multimax.kernels.triton_common import (
     load_modulator,
     load_norm,
     load_rows,
+    maybe_head_base,
     probabilities,
     query_bounds,
-    row_base,
     scalar_moments,
     span,
     store_rows,
     zero_vectors,
 )
+
+#: a row whose largest modulated score (base 2) is beyond this may have slopes that magnify delta's rounding
+STEEP = tl.constexpr(256.0)
 
 
 @triton.jit
@@ -57,6 +60,7 @@ def dq_kernel(
     k,
     v,
     o,
+    residual,
     do,
     dq,
     peaks,
@@ -108,9 +112,10 @@ def dq_kernel(
     """One program per tile of queries of one head: dq and delta.
 
     rowsum(o * do) is off, by o's rounding to the storage type and by summing in another order than dp does, and the
-    modulator's slope magnifies that: where one weight is 1, it would be all of dq. The rows' sums of the gradients
-    before the slope are zero in exact arithmetic: what is left of them corrects the delta that the other kernels read
-    (float64 if o is float32) and, in float32, dq at its end (in half precision, that would spill registers).
+    modulator's slope magnifies that: where one weight is 1, it would be all of dq. In half precision ``residual`` gives
+    back what o's rounding cut off. The rows' sums of the gradients before the slope are zero in exact arithmetic: what
+    is left of them corrects the delta that the other kernels read (float64 if o is float32), and where slopes may be
+    steep, a second sweep over the keys uses it for dq.
     """
     pid = tl.program_id(0)
     stream = pid // blocks
@@ -139,56 +144,14 @@ def dq_kernel(
     o_tile = load_rows(o_base, m0, n_rows, s_o, BLOCK_M, DV, BLOCK_DV, True)
     do_base = head_base(do, s_do, batch, head, first_row, cu_q)
     do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
-    peaks = row_base(peaks, s_row, batch, head, first_row, cu_q)
+    peaks = maybe_head_base(peaks, s_row, batch, head, first_row, cu_q)
     totals = head_base(totals, s_row, batch, head, first_row, cu_q)
-    delta = head_base(delta, s_row, batch, head, first_row, cu_q)
     norm = load_norm(peaks, totals, rows, n_rows)
-    row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    EXACT: tl.constexpr = peaks is not None
-    SUM: tl.constexpr = tl.float64 if EXACT else tl.float32
-    excess = tl.zeros([BLOCK_M], SUM)
-    lever = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
-    for phase in tl.static_range(3):
-        if phase > 0 or window is not None:
-            for n0 in range(bounds[phase], bounds[phase + 1], BLOCK_N):
-                cols = n0 + tl.arange(0, BLOCK_N)
-                k_tile = load_rows(k, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, phase != 1)
-                v_tile = load_rows(v, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, phase != 1)
-                qk = dot(q_tile, tl.trans(k_tile), UPCAST)
-                p, x, y, slope, chain = probabilities(
-                    qk,
-                    broadcast_norm(norm, False),
-                    (rows[:, None], cols[None, :], n_rows, n_cols),
-                    modulator,
-                    affine,
-                    scale,
-                    softcap,
-                    window,
-                    mask,
-                    s_mask,
-                    bias,
-                    s_bias,
-                    ORDER,
-                    MASK_MIN,
-                    MASK_BY_ROW,
-                    BIAS_BY_ROW,
-                    CAUSAL,
-                    phase != 1,
-                    phase != 1,
-                )
-                dp = dot(do_tile, tl.trans(v_tile), UPCAST)
-                if seed is not None:
-                    keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, False, BLOCK_N)
-                    dp = tl.where(keep, dp * keep_scale, 0.0)
-                g = p * (dp - row_delta[:, None])
-                excess += tl.sum(g.to(SUM), 1)
-                slope *= chain[1]
-                acc += dot((g * slope).to(k_tile.dtype), k_tile, UPCAST)
-                if EXACT:
-                    lever += dot(p * slope, k_tile, UPCAST)
+    output = o_tile.to(tl.float32)
+    if residual is not None:
+        residual = maybe_head_base(residual, s_o, batch, head, first_row, cu_q)
+        output += load_rows(residual, m0, n_rows, s_o, BLOCK_M, DV, BLOCK_DV, True).to(tl.float32)
+    row_delta = tl.sum(output * do_tile.to(tl.float32), 1)
 
     kept = 1.0
     if sinks is not None:
@@ -196,10 +159,58 @@ def dq_kernel(
         if len(norm) > 1:
             log_share -= norm[1]
         kept = 1.0 - tl.exp2(log_share)
-    true_delta = excess + row_delta * kept
+
+    SUM: tl.constexpr = tl.float32 if peaks is None else tl.float64
+    true_delta = row_delta.to(SUM)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
+    height = tl.abs(norm[0])
+    steep = tl.max(tl.where(height < float("inf"), height, 0.0), 0) > STEEP
+    for sweep in tl.static_range(2):
+        if steep | (sweep == 0):
+            row_delta = true_delta.to(tl.float32)
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            excess = tl.zeros([BLOCK_M], SUM)
+            for phase in tl.static_range(3):
+                if phase > 0 or window is not None:
+                    for n0 in range(bounds[phase], bounds[phase + 1], BLOCK_N):
+                        cols = n0 + tl.arange(0, BLOCK_N)
+                        k_tile = load_rows(k, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, phase != 1)
+                        v_tile = load_rows(v, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, phase != 1)
+                        qk = dot(q_tile, tl.trans(k_tile), UPCAST)
+                        p, x, y, slope, chain = probabilities(
+                            qk,
+                            broadcast_norm(norm, False),
+                            (rows[:, None], cols[None, :], n_rows, n_cols),
+                            modulator,
+                            affine,
+                            scale,
+                            softcap,
+                            window,
+                            mask,
+                            s_mask,
+                            bias,
+                            s_bias,
+                            ORDER,
+                            MASK_MIN,
+                            MASK_BY_ROW,
+                            BIAS_BY_ROW,
+                            CAUSAL,
+                            phase != 1,
+                            phase != 1,
+                        )
+                        dp = dot(do_tile, tl.trans(v_tile), UPCAST)
+                        if seed is not None:
+                            keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, False, BLOCK_N)
+                            dp = tl.where(keep, dp * keep_scale, 0.0)
+                        g = p * (dp - row_delta[:, None])
+                        excess += tl.sum(g.to(SUM), 1)
+                        slope *= chain[1]
+                        acc += dot((g * slope).to(k_tile.dtype), k_tile, UPCAST)
+            true_delta = excess + row_delta * kept
+
+    delta = head_base(delta, s_row, batch, head, first_row, cu_q)
     tl.store(delta + rows, true_delta, mask=rows < n_rows)
-    if EXACT:
-        acc -= (true_delta - row_delta).to(tl.float32)[:, None] * lever
     dq_base = head_base(dq, s_dq, batch, head, first_row, cu_q)
     store_rows(dq_base, m0, n_rows, s_dq, acc * scale, BLOCK_M, D, BLOCK_D)
 
@@ -289,7 +300,7 @@ def dkdv_kernel(
         stream = batch * heads + head
         q_base = head_base(q, s_q, batch, head, first_row, cu_q)
         do_base = head_base(do, s_do, batch, head, first_row, cu_q)
-        peak_base = row_base(peaks, s_row, batch, head, first_row, cu_q)
+        peak_base = maybe_head_base(peaks, s_row, batch, head, first_row, cu_q)
         total_base = head_base(totals, s_row, batch, head, first_row, cu_q)
         delta_base = head_base(delta, s_row, batch, head, first_row, cu_q)
         modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)
@@ -450,7 +461,7 @@ def bias_kernel(
             do_base = head_base(do, s_do, batch, head, 0, None)
             k_base = head_base(k, s_k, batch, head // group, 0, None)
             v_base = head_base(v, s_v, batch, head // group, 0, None)
-            peak_base = row_base(peaks, s_row, batch, head, 0, None)
+            peak_base = maybe_head_base(peaks, s_row, batch, head, 0, None)
             total_base = head_base(totals, s_row, batch, head, 0, None)
             delta_base = head_base(delta, s_row, batch, head, 0, None)
             modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)

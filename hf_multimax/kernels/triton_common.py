@@ -48,8 +48,8 @@ def head_base(pointer, strides, batch, head, first, cu_seqlens):
 
 
 @triton.jit
-def row_base(pointer, strides, batch, head, first, cu_seqlens):
-    """:func:`head_base` of a tensor with one number per query, which may be absent."""
+def maybe_head_base(pointer, strides, batch, head, first, cu_seqlens):
+    """:func:`head_base` of a tensor that may be absent."""
     base = pointer
     if pointer is not None:
         base = head_base(pointer, strides, batch, head, first, cu_seqlens)
@@ -63,7 +63,7 @@ def load_rows(
     """Tile [ROWS, PADDED] of the tokens from ``start``; zeros past ``length`` (checked if EDGE) and past WIDTH."""
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, PADDED)[None, :]
-    pointers = base + tl.cast(start, tl.int64) * strides[2] + rows * strides[2] + cols * strides[3]
+    pointers = base + tl.cast(start, tl.int64) * strides[2] + (rows.to(tl.int64) * strides[2] + cols * strides[3])
     if EDGE and WIDTH != PADDED:
         tile = tl.load(pointers, mask=(rows < length - start) & (cols < WIDTH), other=0.0)
     elif EDGE:
@@ -80,8 +80,19 @@ def store_rows(base, start, length, strides, tile, ROWS: tl.constexpr, WIDTH: tl
     """Store the part of a tile [ROWS, PADDED] that exists, rounded to the destination's type."""
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, PADDED)[None, :]
-    pointers = base + tl.cast(start, tl.int64) * strides[2] + rows * strides[2] + cols * strides[3]
+    pointers = base + tl.cast(start, tl.int64) * strides[2] + (rows.to(tl.int64) * strides[2] + cols * strides[3])
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows < length - start) & (cols < WIDTH))
+
+
+@triton.jit
+def store_rounded(
+    base, start, length, strides, tile, residual, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):
+    """:func:`store_rows`, and what the rounding cut off in a ``residual`` of the same layout, which may be absent."""
+    store_rows(base, start, length, strides, tile, ROWS, WIDTH, PADDED)
+    if residual is not None:
+        cut = tile - tile.to(base.dtype.element_ty).to(tl.float32)
+        store_rows(residual, start, length, strides, cut, ROWS, WIDTH, PADDED)
 
 
 @triton.jit

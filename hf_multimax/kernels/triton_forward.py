@@ -18,12 +18,12 @@ from hf_multimax.kernels.triton_common import (
     load_modulator,
     load_rows,
     mask_scores,
+    maybe_head_base,
     modulate,
-    row_base,
     scores,
     span,
     store_norm,
-    store_rows,
+    store_rounded,
 )
 
 
@@ -33,6 +33,7 @@ def forward_kernel(
     k,
     v,
     o,
+    residual,
     peaks,
     totals,
     ranges,
@@ -138,8 +139,9 @@ def forward_kernel(
     empty = total == 0.0
     acc *= (keep_scale / tl.where(empty, 1.0, total))[:, None]
     o_base = head_base(o, s_o, batch, head, first_row, cu_q)
-    store_rows(o_base, m0, n_rows, s_o, acc, BLOCK_M, DV, BLOCK_DV)
-    peaks = row_base(peaks, s_row, batch, head, first_row, cu_q)
+    residual = maybe_head_base(residual, s_o, batch, head, first_row, cu_q)
+    store_rounded(o_base, m0, n_rows, s_o, acc, residual, BLOCK_M, DV, BLOCK_DV)
+    peaks = maybe_head_base(peaks, s_row, batch, head, first_row, cu_q)
     totals = head_base(totals, s_row, batch, head, first_row, cu_q)
     store_norm(peaks, totals, rows, rows < n_rows, peak, total)
 
@@ -255,6 +257,7 @@ def combine_kernel(
     split_peaks,
     split_totals,
     o,
+    residual,
     peaks,
     totals,
     sinks,
@@ -293,5 +296,9 @@ def combine_kernel(
     )
     out = tl.sum(tile * weight[:, None], 0) * (keep_scale / tl.where(empty, 1.0, total))
     base = o + batch * s_o[0] + head * s_o[1] + row * s_o[2]
-    tl.store(base + depth * s_o[3], out.to(o.dtype.element_ty), mask=depth < DV)
+    rounded = out.to(o.dtype.element_ty)
+    tl.store(base + depth * s_o[3], rounded, mask=depth < DV)
+    if residual is not None:
+        base = residual + batch * s_o[0] + head * s_o[1] + row * s_o[2]
+        tl.store(base + depth * s_o[3], (out - rounded.to(tl.float32)).to(o.dtype.element_ty), mask=depth < DV)
     store_norm(peaks, totals, pid, True, reference, total)

@@ -34,7 +34,7 @@ _HALF = {
     "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     "short": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
     "decode": {64: Tile(16, 128, 4, 2), 128: Tile(16, 64, 4, 2), 256: Tile(16, 64, 4, 2)},
-    "dq": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 16, 4, 1)},
+    "dq": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(128, 16, 8, 1)},
     "dkdv": {64: Tile(32, 128, 8, 3), 128: Tile(16, 128, 8, 2), 256: Tile(32, 32, 8, 1)},
     "bias": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
 }
@@ -158,7 +158,7 @@ def tile(kernel: str, width: int, dtype: torch.dtype, roomy: bool = True) -> Til
     return chosen if roomy else Tile(min(chosen.m, 64), min(chosen.n, 64 if width <= 64 else 32), 4, 1)
 
 
-def forward(problem: Problem, o: Tensor, norms: Tensor) -> None:
+def forward(problem: Problem, o: Tensor, residual: Tensor | None, norms: Tensor) -> None:
     """Fill the output ``[B, H, Nq, Dv]`` and the rows' norms ``[2 or 1, B, H, Nq]``.
 
     Norms in base 2: the peak and the log of the sum relative to it, or one number for both.
@@ -167,12 +167,14 @@ def forward(problem: Problem, o: Tensor, norms: Tensor) -> None:
         return
     with torch.cuda.device_of(problem.q):
         if problem.cu_q is None and problem.max_q <= _DECODE_QUERIES and problem.max_k >= _DECODE_KEYS:
-            _decode(problem, o, norms)
+            _decode(problem, o, residual, norms)
         else:
-            _forward(problem, o, norms)
+            _forward(problem, o, residual, norms)
 
 
-def backward(problem: Problem, do: Tensor, o: Tensor, norms: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+def backward(
+    problem: Problem, do: Tensor, o: Tensor, residual: Tensor | None, norms: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
     """Gradients of (q, k, v, ranges, ts, affine scale, affine shift, sinks, bias); empty where ``needs`` is False.
 
     Deterministic: partial sums of the scalars are stored by program and reduced in float64.
@@ -190,7 +192,7 @@ def backward(problem: Problem, do: Tensor, o: Tensor, norms: Tensor, needs: Sequ
         dv.zero_()
     else:
         with torch.cuda.device_of(p.q):
-            _dq(p, do, o, norms, dq, delta)
+            _dq(p, do, o, residual, norms, dq, delta)
             if need_k or need_v or need_scalars:
                 partial = _dkdv(p, do, norms, delta, dk, dv, need_scalars)
                 if partial is not None:
@@ -202,7 +204,7 @@ def backward(problem: Problem, do: Tensor, o: Tensor, norms: Tensor, needs: Sequ
     columns = (scalars[:, :size], scalars[:, size : 2 * size], scalars[:, 2 * size], scalars[:, 2 * size + 1])
     inputs = (p.ranges, p.ts, p.affine_scale, p.affine_shift)
     scalar_gradients = [
-        (c if c.shape == x.shape else c.sum(0)).to(x.dtype) if need else None
+        (c if c.shape == x.shape else c.sum(0)).to(x.dtype, copy=True) if need else None
         for c, x, need in zip(columns, inputs, needs[3:7])
     ]
     dsinks = _sink_gradient(p.sinks, norms, delta) if need_sinks else None
@@ -213,13 +215,14 @@ def backward(problem: Problem, do: Tensor, o: Tensor, norms: Tensor, needs: Sequ
 # --- launches ----------------------------------------------------------------------------------------------------
 
 
-def _forward(p: Problem, o: Tensor, norms: Tensor) -> None:
+def _forward(p: Problem, o: Tensor, residual: Tensor | None, norms: Tensor) -> None:
     arguments = p.kernel_arguments()
     t = _tile(p, "forward" if p.max_q > 64 else "short", arguments)
     blocks = triton.cdiv(p.max_q, t.m)
     forward_kernel[(blocks * p.q.shape[1] * p.sequences,)](
         **arguments,
         o=o,
+        residual=residual,
         peaks=_peaks(norms),
         totals=norms[-1],
         sinks=p.sinks,
@@ -233,7 +236,7 @@ def _forward(p: Problem, o: Tensor, norms: Tensor) -> None:
     )
 
 
-def _decode(p: Problem, o: Tensor, norms: Tensor) -> None:
+def _decode(p: Problem, o: Tensor, residual: Tensor | None, norms: Tensor) -> None:
     arguments = p.kernel_arguments()
     t = _tile(p, "decode", arguments)
     batch, heads, n_rows, _ = p.q.shape
@@ -257,6 +260,7 @@ def _decode(p: Problem, o: Tensor, norms: Tensor) -> None:
         split_peaks=peaks,
         split_totals=totals,
         o=o,
+        residual=residual,
         peaks=_peaks(norms),
         totals=norms[-1],
         sinks=p.sinks,
@@ -271,13 +275,14 @@ def _decode(p: Problem, o: Tensor, norms: Tensor) -> None:
     )
 
 
-def _dq(p: Problem, do: Tensor, o: Tensor, norms: Tensor, dq: Tensor, delta: Tensor) -> None:
+def _dq(p: Problem, do: Tensor, o: Tensor, residual: Tensor | None, norms: Tensor, dq: Tensor, delta: Tensor) -> None:
     arguments = p.kernel_arguments()
     t = _tile(p, "dq", arguments)
     blocks, heads = triton.cdiv(p.max_q, t.m), p.q.shape[1]
     dq_kernel[(blocks * heads * p.sequences,)](
         **arguments,
         o=o,
+        residual=residual,
         do=do,
         dq=dq,
         peaks=_peaks(norms),
