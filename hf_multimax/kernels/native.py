@@ -283,7 +283,7 @@ def _compute_gradients(
         grad_bias = torch.zeros(bias.shape, dtype=torch.float32)
         call.grad_bias(grad_bias)
     call.run("backward")
-    grad_ranges, grad_ts, grad_scale, grad_shift = _scalar_gradients(scalars, ranges)
+    grad_ranges, grad_ts, grad_scale, grad_shift = _scalar_gradients(scalars, ranges, affine_scale)
     found = (
         grad_q[0] if splits == 1 else grad_q.sum(0), grad_k, grad_v, grad_ranges, grad_ts, None, grad_bias,
         grad_scale, grad_shift, _sink_gradient(sinks, stats, delta),
@@ -331,17 +331,17 @@ def _backward_splits(q: Tensor, k: Tensor, bias: Tensor | None, threads: int) ->
     return max(1, min(-(-2 * threads // items), k.shape[2] // 64))
 
 
-def _scalar_gradients(partial: Tensor | None, ranges: Tensor) -> tuple[Tensor | None, ...]:
+def _scalar_gradients(partial: Tensor | None, ranges: Tensor, affine_scale: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of (ranges, ts, scale, shift) from the partial sums ``[splits, B, H, 4N + 2]``.
 
-    Those of scale and shift are per head ``[H]``, those of ranges and ts have their shape.
+    Those of scale and shift are per head ``[H]``, or scalars; those of ranges and ts ``[H, 2N]`` or ``[2N]``.
     """
     if partial is None:
         return (None,) * 4
-    size, total = ranges.shape[-1], partial.sum((0, 1))
-    both = (total if ranges.ndim == 2 else total.sum(0)).to(ranges.dtype)
-    parts = both[..., :size], both[..., size : 2 * size], total[:, -2], total[:, -1]
-    return tuple(part.clone(memory_format=torch.contiguous_format) for part in parts)  # outputs must not alias
+    per_head = ranges.ndim == 2 or (affine_scale is not None and affine_scale.ndim == 1)
+    size, total = ranges.shape[-1], partial.sum((0, 1) if per_head else (0, 1, 2))
+    *both, scale, shift = torch.split_with_sizes_copy(total, (size, size, 1, 1), -1)  # outputs must not alias
+    return *both, scale.squeeze(-1), shift.squeeze(-1)
 
 
 def _sink_gradient(sinks: Tensor | None, stats: Tensor, delta: Tensor) -> Tensor | None:

@@ -37,6 +37,7 @@ def _offsets() -> tuple[dict[str, int], int]:
 
 
 OFFSETS, WORDS = _offsets()
+SHAPE = slice(OFFSETS["batch"], OFFSETS["affine_stride"])
 PACKED = struct.Struct(f"={WORDS - len(REALS)}q{len(REALS)}d")
 
 
@@ -49,11 +50,11 @@ class Call:
         self.batch, self.heads, self.rows, dim = q.shape
         self.kv_heads, self.keys = k.shape[1], k.shape[2]
         self.order, self.threads = ranges.shape[-1] // 2, torch.get_num_threads()
-        self.set(
-            batch=self.batch, heads=self.heads, rows=self.rows, dim=dim, kv_heads=self.kv_heads, keys=self.keys,
-            value_dim=v.shape[3], order=self.order, parameter_stride=ranges.shape[-1] if ranges.ndim == 2 else 0,
-            threads=self.threads, splits=1,
+        self._words[SHAPE] = (
+            self.batch, self.heads, self.kv_heads, self.rows, self.keys, dim, v.shape[3], self.order,
+            ranges.shape[-1] if ranges.ndim == 2 else 0,
         )  # fmt: skip
+        self.set(threads=self.threads, splits=1)
         self.views(q=dense_rows(q), k=dense_rows(k), v=dense_rows(v))
         self.pointers(ranges=_parameter(ranges), ts=_parameter(ts))
 
