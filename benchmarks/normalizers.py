@@ -72,7 +72,7 @@ def timings(name: str, options: dict[str, Any], rows: int, n: int, device: str, 
     x = (3 * torch.randn(rows, n)).to(device)
     grad = torch.randn(rows, n).to(device)
     if name == "multimax":
-        options = {key: 0.1 * torch.ones(4, device=device) for key in ("ranges", "ts")}
+        options = {key: torch.full((4,), 0.1, device=device, requires_grad=True) for key in ("ranges", "ts")}
 
     def own(scores: Tensor) -> Tensor:
         return normalize(name, scores, **options)

@@ -160,7 +160,7 @@ def test_compiles_without_graph_breaks():
     ("change", "phrase"),
     [
         ({"dtype": torch.float64}, "float64"),
-        ({"mask": torch.zeros(5, 5, requires_grad=True)}, "additive mask"),
+        ({"mask": torch.zeros(5, 5, requires_grad=True)}, "gradient for the mask"),
         ({"bias": torch.zeros(5, 1, requires_grad=True)}, "broadcast over the keys"),
     ],
 )
@@ -169,6 +169,9 @@ def test_what_is_missing_is_named(change, phrase):
     q = torch.randn(1, 1, 5, 8, dtype=dtype)
     with pytest.raises(ValueError, match=phrase):
         native.attention(q, q, q, torch.zeros(4), torch.zeros(4), **change)
+    if dtype == torch.float32:  # without gradients, there is no such feature
+        with torch.no_grad():
+            assert native.attention(q, q, q, torch.zeros(4), torch.zeros(4), **change).shape == q.shape
 
 
 def test_threads_of_the_caller_do_not_disturb_each_other():

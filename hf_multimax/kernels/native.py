@@ -97,8 +97,10 @@ def unsupported(
     for name, tensor in (("mask", mask), ("bias", bias)):
         if tensor is not None and tensor.dtype not in TYPES:
             return f"a {name} of type {tensor.dtype}"
+    if not torch.is_grad_enabled():
+        return None
     if mask is not None and mask.requires_grad:
-        return "an additive mask that requires a gradient"
+        return "a gradient for the mask"
     if bias is not None and bias.requires_grad and bias.shape[-1:] != k.shape[2:3]:
         return "a gradient for a bias that is broadcast over the keys"
     return None
