@@ -3,7 +3,7 @@
 ``python -m benchmarks.cross_entropy [--full] [--device cuda] [--cases TOKENSxVOCAB ...]``: one training pass (loss and
 the gradients of hidden states, weight and modulator) of linear layer, modulation and cross-entropy. "unfused" is the
 modulator in plain PyTorch in front of ``cross_entropy``; the SoftMax rows leave the modulator out. The default takes
-some minutes; ``--full`` adds 8192 tokens on a CPU.
+some minutes; ``--full`` adds 8192 tokens on a CPU; with it or with cases of one's own, their names join the file's.
 """
 
 import argparse
@@ -112,12 +112,13 @@ def main() -> None:
     dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
     default = CASES[arguments.device] + (MORE_CASES[arguments.device] if arguments.full else ())
     sizes = [tuple(map(int, case.split("x"))) for case in arguments.cases or default]
+    name = "_".join(["cross_entropy", *(arguments.cases or (["full"] if arguments.full else []))])
     measure(64, 1000, arguments.device, getattr(torch, dtype))
     rows: list[dict[str, object]] = []
     for size in sizes:
         rows += measure(*size, arguments.device, getattr(torch, dtype))
         # written after every size: an interrupted run keeps what it has measured
-        path = write_results("cross_entropy", rows, device=arguments.device, width=WIDTH, dtype=dtype)
+        path = write_results(name, rows, device=arguments.device, width=WIDTH, dtype=dtype)
     print(table(rows))
     print("written to", path.relative_to(ROOT))
 

@@ -1,0 +1,205 @@
+"""Write the README's tables of speed from what the benchmarks measured.
+
+    python -m benchmarks.report
+    python -m benchmarks.report --check
+
+Every table between ``<!-- speed: <name> -->`` and ``<!-- /speed -->`` in README.md is made from the files of that name
+in ``benchmarks/results``. What was measured on a GPU has a table of its own once there is such a file; until then the
+tables of the CPU say "not yet measured". ``--check`` writes nothing and exits with 1 if the README is out of date.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT, results_path
+
+__all__ = ["main"]
+
+Row = dict[str, Any]
+UNMEASURED = "not yet measured"
+_BLOCK = re.compile(r"(<!-- speed: (\w+) -->\n).*?(<!-- /speed -->)", flags=re.DOTALL)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the README, or check it; exits with a sentence where that is not possible."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if README.md is out of date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file to write")
+    options = parser.parse_args(arguments)
+    text = options.readme.read_text(encoding="utf-8")
+    try:
+        new = render(text)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    if not options.check:
+        options.readme.write_text(new, encoding="utf-8")
+    elif new != text:
+        sys.exit(f"{options.readme.name} is not what benchmarks/results says: run `python -m benchmarks.report`")
+
+
+def render(text: str) -> str:
+    """``text`` with every marked table made anew.
+
+    Raises:
+        ValueError: if a table is missing, unknown or there twice.
+    """
+    names = [match[2] for match in _BLOCK.finditer(text)]
+    if sorted(names) != sorted(TABLES):
+        raise ValueError(
+            f"there must be one table `<!-- speed: NAME --> ... <!-- /speed -->` for each of {', '.join(TABLES)}, "
+            f"got {', '.join(names) or 'none'}"
+        )
+    return _BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", text)
+
+
+def attention() -> str:
+    """Ratios to SDPA by shape; on a GPU with the kernels of others."""
+    columns = {"`native`": "native", "`tiled`": "tiled", "the formula in plain PyTorch": "plain"}
+    rest = {
+        "`triton`": "triton",
+        "`tiled`": "tiled",
+        "plain": "plain",
+        "`torch.compile`": "compile",
+        "FlexAttention": "flex",
+        "1.5-entmax (adasplash)": "entmax15",
+    }
+    return _by_device("attention", lambda row: [attention_call(row)], ["call"], columns, rest, _both_passes)
+
+
+def attention_call(row: Row) -> str:
+    """batch x heads x length and what is special about the call."""
+    if row["queries"] == 1:
+        size = f"one query, cache of {row['keys']:,}"
+    else:
+        size = f"{row['batch']}x{row['heads']}x{row['queries']}"
+    special = [row["dtype"], "causal" if row["causal"] else "", f"D = {row['dim']}" if row["dim"] != 64 else ""]
+    return ", ".join([size, *filter(None, special)])
+
+
+def attention_memory() -> str:
+    """Peak extra memory of forward + backward, in MB."""
+    return _by_device(
+        "attention",
+        lambda row: [row["shape"]],
+        ["call"],
+        {"SDPA": "sdpa", "`native`": "native", "`tiled`": "tiled", "plain": "plain"},
+        {"SDPA": "sdpa", "`triton`": "triton", "`tiled`": "tiled", "plain": "plain"},
+        lambda row, name: f"{row[f'training {name} MB']:,.0f}" if f"training {name} MB" in row else "-",
+        key="memory",
+    )
+
+
+def training_step() -> str:
+    """Patched over stock, by model."""
+    columns = {"patched / stock": "patched / stock"}
+    return _by_device(
+        "training_step",
+        lambda row: [row["model"], str(row["batch"])],
+        ["model", "batch"],
+        columns,
+        columns,
+        lambda row, name: _ratio(row[name]),
+    )
+
+
+def cross_entropy() -> str:
+    """The fused output loss against the unfused ones."""
+    columns = {
+        "time / unfused SoftMax": "time / unfused SoftMax",
+        "time / unfused MultiMax": "time / unfused",
+        "memory / unfused SoftMax": "peak / unfused SoftMax",
+        "memory / unfused MultiMax": "peak / unfused",
+    }
+    return _by_device(
+        "cross_entropy",
+        lambda row: [f"{row['tokens']:,}", f"{row['vocabulary']:,}"],
+        ["tokens", "vocabulary"],
+        columns,
+        columns,
+        lambda row, name: _ratio(row[name]),
+        keep=lambda row: row["computation"] == "fused MultiMax",
+    )
+
+
+def normalizers() -> str:
+    """Multiples of ``torch.softmax``, and exact zeros."""
+    rows = _rows("normalizers", "cpu")
+    lengths = [name.removesuffix(" fwd") for name in rows[0] if name.endswith(" fwd")]
+    lines = [
+        [
+            row["normalizer"],
+            *(f"{row[f'{n} fwd']:.0f} / {row[f'{n} fwd+bwd']:.0f}" for n in lengths),
+            f"{row['zeros %']:.0f}",
+        ]
+        for row in rows
+    ]
+    return _table(["", *(f"N = {n}" for n in lengths), "zeros, %"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function for function in (normalizers, attention, attention_memory, training_step, cross_entropy)
+}
+
+
+def _by_device(
+    name: str,
+    label: Callable[[Row], list[str]],
+    labels: Sequence[str],
+    cpu: dict[str, str],
+    gpu: dict[str, str],
+    cell: Callable[[Row, str], str],
+    key: str = "rows",
+    keep: Callable[[Row], bool] = lambda row: True,
+) -> str:
+    """The table of a benchmark on a CPU, and on a GPU if it ran there; ``cpu`` and ``gpu`` name the columns to show.
+
+    Of rows with one label, the first is shown: a benchmark's default table goes before its longer ones.
+    """
+    rows = ([row for row in _rows(name, device, key) if keep(row)] for device in ("cpu", "cuda"))
+    here, there = ({tuple(label(row)): row for row in reversed(found)} for found in rows)
+    if not here:
+        raise ValueError(f"{results_path(name, 'cpu')} is missing: run `python -m benchmarks.{name}`")
+    missing = [] if there else [UNMEASURED]
+    head = [*labels, *cpu, *(["on a GPU"] if missing else [])]
+    lines = [[*labelled, *(cell(row, c) for c in cpu.values()), *missing] for labelled, row in reversed(here.items())]
+    text = _table(head, lines)
+    if there:
+        lines = [[*labelled, *(cell(row, c) for c in gpu.values())] for labelled, row in reversed(there.items())]
+        text += "\nOn a GPU:\n\n" + _table([*labels, *gpu], lines)
+    return text
+
+
+def _rows(name: str, device: str, key: str = "rows") -> list[Row]:
+    """What ``<name>`` and ``<name>_<anything>`` measured on a device; nothing where it never ran."""
+    first = results_path(name, device)
+    paths = [first, *sorted(first.parent.glob(f"{name}_*-{device}.json"))]
+    return [row for path in paths if path.exists() for row in json.loads(path.read_text(encoding="utf-8"))[key]]
+
+
+def _both_passes(row: Row, name: str) -> str:
+    """forward / forward + backward."""
+    found = [_ratio(row[f"{phase} {name}"]) for phase in ("forward", "training") if row.get(f"{phase} {name}")]
+    return " / ".join(found) or "-"
+
+
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{1 if value >= 10 else 2 if value >= 0.1 else 3}f}"
+
+
+def _table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    rows = [list(head), *map(list, lines)]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
