@@ -169,9 +169,14 @@ def test_what_is_missing_is_named(change, phrase):
     q = torch.randn(1, 1, 5, 8, dtype=dtype)
     with pytest.raises(ValueError, match=phrase):
         native.attention(q, q, q, torch.zeros(4), torch.zeros(4), **change)
-    if dtype == torch.float32:  # without gradients, there is no such feature
-        with torch.no_grad():
-            assert native.attention(q, q, q, torch.zeros(4), torch.zeros(4), **change).shape == q.shape
+
+
+def test_scalar_scale_and_shift_per_head():
+    tensors, options, grad = _call(Case("", (2, 4, 2, 20, 20), affine=True))
+    tensors["affine_shift"] = torch.randn(4)
+    actual, plain = (run(f, tensors, options, grad) for f in (native.attention, reference))
+    for name in tensors:
+        torch.testing.assert_close(actual[name], plain[name], rtol=1e-4, atol=1e-4)
 
 
 def test_threads_of_the_caller_do_not_disturb_each_other():

@@ -243,6 +243,10 @@ class Interpreted:
             0.1, True, 4, 0.25, 2.0, True,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.hf_multimax.triton_attention.default, arguments)
+        halves = [x.detach().half().requires_grad_() for x in (q, k, v)]  # with what rounding the output cut off
+        torch.library.opcheck(
+            torch.ops.hf_multimax.triton_attention.default, (*halves, *arguments[3:]), test_utils="test_faketensor"
+        )
 
     def test_compiles_as_one_graph(self):
         tensors, options = Case("", (1, 2, 1, 17, 17), options=CAUSAL).build()

@@ -97,8 +97,7 @@ def unsupported(
     for name, tensor in (("mask", mask), ("bias", bias)):
         if tensor is not None and tensor.dtype not in TYPES:
             return f"a {name} of type {tensor.dtype}"
-    if not torch.is_grad_enabled():
-        return None
+    # asked without gradients too: a forward pass under no_grad may be a checkpointed one, whose choice must not change
     if mask is not None and mask.requires_grad:
         return "a gradient for the mask"
     if bias is not None and bias.requires_grad and bias.shape[-1:] != k.shape[2:3]:
@@ -285,7 +284,7 @@ def _compute_gradients(
         grad_bias = torch.zeros(bias.shape, dtype=torch.float32)
         call.grad_bias(grad_bias)
     call.run("backward")
-    grad_ranges, grad_ts, grad_scale, grad_shift = _scalar_gradients(scalars, ranges, affine_scale)
+    grad_ranges, grad_ts, grad_scale, grad_shift = _scalar_gradients(scalars)
     found = (
         grad_q[0] if splits == 1 else grad_q.sum(0), grad_k, grad_v, grad_ranges, grad_ts, None, grad_bias,
         grad_scale, grad_shift, _sink_gradient(sinks, stats, delta),
@@ -333,16 +332,12 @@ def _backward_splits(q: Tensor, k: Tensor, bias: Tensor | None, threads: int) ->
     return max(1, min(-(-2 * threads // items), k.shape[2] // 64))
 
 
-def _scalar_gradients(partial: Tensor | None, ranges: Tensor, affine_scale: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of (ranges, ts, scale, shift) from the partial sums ``[splits, B, H, 4N + 2]``.
-
-    Those of scale and shift are per head ``[H]``, or scalars; those of ranges and ts ``[H, 2N]`` or ``[2N]``.
-    """
+def _scalar_gradients(partial: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of (ranges, ts, scale, shift) for each head from the partial sums ``[splits, B, H, 4N + 2]``."""
     if partial is None:
         return (None,) * 4
-    per_head = ranges.ndim == 2 or (affine_scale is not None and affine_scale.ndim == 1)
-    size, total = ranges.shape[-1], partial.sum((0, 1) if per_head else (0, 1, 2))
-    *both, scale, shift = torch.split_with_sizes_copy(total, (size, size, 1, 1), -1)  # outputs must not alias
+    size = partial.shape[-1] // 2 - 1
+    *both, scale, shift = torch.split_with_sizes_copy(partial.sum((0, 1)), (size, size, 1, 1), -1)  # must not alias
     return *both, scale.squeeze(-1), shift.squeeze(-1)
 
 

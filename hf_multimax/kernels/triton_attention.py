@@ -155,7 +155,8 @@ def unsupported(
         return "q, k and v of different types"
     if max(q.shape[-1], v.shape[-1]) > _MAX_HEAD_DIM:
         return f"head dimensions above {_MAX_HEAD_DIM}"
-    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+    # asked without gradients too: a forward pass under no_grad may be a checkpointed one, whose choice must not change
+    if mask is not None and mask.requires_grad:
         return "a gradient for the mask"
     return None
 

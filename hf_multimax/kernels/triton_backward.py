@@ -114,8 +114,9 @@ def dq_kernel(
     rowsum(o * do) is off, by o's rounding to the storage type and by summing in another order than dp does, and the
     modulator's slope magnifies that: where one weight is 1, it would be all of dq. In half precision ``residual`` gives
     back what o's rounding cut off. The rows' sums of the gradients before the slope are zero in exact arithmetic: what
-    is left of them corrects the delta that the other kernels read (float64 if o is float32), and where slopes may be
-    steep, a second sweep over the keys uses it for dq.
+    is left of them corrects the delta that the other kernels read (float64 if o is float32). It corrects dq, too: in
+    float32 at the end, in half precision, where that would spill registers, by a second sweep over the keys wherever
+    slopes may be steep.
     """
     pid = tl.program_id(0)
     stream = pid // blocks
@@ -160,13 +161,16 @@ def dq_kernel(
             log_share -= norm[1]
         kept = 1.0 - tl.exp2(log_share)
 
-    SUM: tl.constexpr = tl.float32 if peaks is None else tl.float64
+    EXACT: tl.constexpr = peaks is not None
+    SUM: tl.constexpr = tl.float64 if EXACT else tl.float32
+    SWEEPS: tl.constexpr = 1 if EXACT else 2
     true_delta = row_delta.to(SUM)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    lever = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
     height = tl.abs(norm[0])
     steep = tl.max(tl.where(height < float("inf"), height, 0.0), 0) > STEEP
-    for sweep in tl.static_range(2):
+    for sweep in tl.static_range(SWEEPS):
         if steep | (sweep == 0):
             row_delta = true_delta.to(tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -207,10 +211,14 @@ def dq_kernel(
                         excess += tl.sum(g.to(SUM), 1)
                         slope *= chain[1]
                         acc += dot((g * slope).to(k_tile.dtype), k_tile, UPCAST)
+                        if EXACT:
+                            lever += dot(p * slope, k_tile, UPCAST)
             true_delta = excess + row_delta * kept
 
     delta = head_base(delta, s_row, batch, head, first_row, cu_q)
     tl.store(delta + rows, true_delta, mask=rows < n_rows)
+    if EXACT:
+        acc -= (true_delta - row_delta).to(tl.float32)[:, None] * lever
     dq_base = head_base(dq, s_dq, batch, head, first_row, cu_q)
     store_rows(dq_base, m0, n_rows, s_dq, acc * scale, BLOCK_M, D, BLOCK_D)
 
