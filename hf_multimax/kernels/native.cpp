@@ -106,7 +106,16 @@ inline To bits(From x) {
   return y;
 }
 
-inline vf max(vf a, vf b) { return a > b ? a : b; }
+// a where a > b, else b, NaN being greater than nothing: one instruction on x86, which compilers do not find by themselves
+inline vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // a * b + c, rounded once where the processor can: spelt out where two functions must agree bit for bit, as the compiler
 // chooses what to fuse anew in each
@@ -132,10 +141,17 @@ inline float fused(float a, float b, float c) {
 
 inline vf relu(vf a) { return max(a, vf{}); }
 
+// Lane i of the result is lane i ^ step: for reductions in log2(W) steps, without branches on the data.
+inline vf swapped(vf v, int step) {
+  vi lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = i ^ step;
+  return __builtin_shuffle(v, lanes);
+}
+
 inline float sum(vf v) {
-  float s = 0;
-  for (int i = 0; i < W; ++i) s += v[i];
-  return s;
+#pragma GCC unroll 4
+  for (int step = W / 2; step; step /= 2) v += swapped(v, step);
+  return v[0];
 }
 
 // x = n log(2) + r with |r| <= log(2) / 2: power = 2^n, result = e^r - 1. NaN stays NaN.
@@ -156,8 +172,7 @@ inline vf exp_parts(vf x, vf& power) {
 // e^x for x <= 88, 0 below -88 and at minus infinity
 inline vf exp_(vf x) {
   vf power;
-  x = x < -88.0f ? splat(-88.0f) : x;
-  vf r = exp_parts(x, power);
+  vf r = exp_parts(max(splat(-88.0f), x), power);
   return r * power + power;
 }
 
@@ -360,6 +375,7 @@ template <int M, bool TRANSPOSED>
 inline void tile(int64_t inner, float alpha, const float* a, int64_t lda, const float* b, bool add, float* c,
                  int64_t ldc, int64_t width) {
   vf sums[M][2] = {};
+#pragma GCC unroll 8
   for (int64_t k = 0; k < inner; ++k) {
     const vf b0 = load(b + k * kPanel), b1 = load(b + k * kPanel + W);
 #pragma GCC unroll 12
@@ -635,11 +651,14 @@ Peak modulate_row(const Modulator& m, const float* mask, int64_t n, float* s) {
     score = better ? x : score;
     store(s + j, y);
   }
-  Peak peak{top[0], score[0]};
-  for (int i = 1; i < W; ++i) {
-    if (top[i] > peak.top) peak = {top[i], score[i]};
+#pragma GCC unroll 4
+  for (int step = W / 2; step; step /= 2) {
+    const vf other = swapped(top, step), its_score = swapped(score, step);
+    const vi better = other > top;
+    top = better ? other : top;
+    score = better ? its_score : score;
   }
-  return peak;
+  return {top[0], score[0]};
 }
 
 // s -> exp(s - top) in place; returns the sum
@@ -972,19 +991,27 @@ void backward_keys(const Arguments& g, int64_t b, int64_t kv, int64_t split) {
 }
 
 void compute_delta(const Arguments& g) {
-  const int64_t lines = g.batch * g.heads * g.rows;
+  constexpr int64_t kLines = 8;  // sums at a time, as each waits for its last step
+  const int64_t lines = g.batch * g.heads * g.rows, groups = (lines + kLines - 1) / kLines;
 #pragma omp parallel num_threads(int(g.threads))
   {
-    float* scratch = scratch_memory.reserve(g.value_dim);
+    float* scratch = scratch_memory.reserve(kLines * g.value_dim);
 #pragma omp for schedule(static)
-    for (int64_t line = 0; line < lines; ++line) {
-      const int64_t i = line % g.rows, h = line / g.rows % g.heads, b = line / (g.rows * g.heads);
-      read(at(g.grad_out, b, h, i, 0), g.grad_out.type, 1, g.value_dim, scratch);
-      const float* out = g.out32 + line * g.value_dim;
+    for (int64_t group = 0; group < groups; ++group) {
+      const float *grad[kLines], *out[kLines];
+      for (int64_t l = 0; l < kLines; ++l) {
+        const int64_t line = std::min(group * kLines + l, lines - 1);
+        const int64_t i = line % g.rows, h = line / g.rows % g.heads, b = line / (g.rows * g.heads);
+        grad[l] = rows_of(g.grad_out, b, h, i, 1, g.value_dim, scratch + l * g.value_dim).data;
+        out[l] = g.out32 + line * g.value_dim;
+      }
       // in the order of a register tile: a row with one weight of 1 then has the same number as its product, bit for bit
-      float total = 0;
-      for (int64_t d = 0; d < g.value_dim; ++d) total = fused(scratch[d], out[d], total);
-      g.delta[line] = total;
+      float total[kLines] = {};
+      for (int64_t d = 0; d < g.value_dim; ++d) {
+#pragma GCC unroll 8
+        for (int64_t l = 0; l < kLines; ++l) total[l] = fused(grad[l][d], out[l][d], total[l]);
+      }
+      for (int64_t l = 0; l < kLines; ++l) g.delta[std::min(group * kLines + l, lines - 1)] = total[l];
     }
   }
 }

@@ -18,8 +18,8 @@ from .operators import DIFFERENTIABLE, LIBRARY, define_operator, fake_gradients,
 __all__ = ["attention", "available", "reason", "unsupported"]
 
 MAX_ORDER = 16
-#: query rows of a forward block
-ROW_BLOCK, SMALLEST_ROW_BLOCK = 128, 16
+#: query rows of a forward block, each of which packs the keys anew, and the step that fills register tiles (6 or 12 rows)
+ROW_BLOCK, SMALLEST_ROW_BLOCK, ROW_STEP = 240, 16, 24
 #: keys below which splitting them over threads costs more than it gains
 SMALLEST_SPLIT = 256
 
@@ -125,7 +125,7 @@ def _forward_split(batch: int, heads: int, rows: int, keys: int, threads: int) -
     if items < threads:
         splits = max(1, min(-(-threads // items), keys // SMALLEST_SPLIT))
     row_block = -(-rows // blocks)
-    return row_block + -row_block % 8 if row_block > 8 else max(row_block, 1), splits
+    return row_block + -row_block % ROW_STEP if row_block > ROW_STEP else max(row_block, 1), splits
 
 
 def _merge_splits(partial: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
