@@ -24,24 +24,24 @@ def check_arguments(
     sinks: Tensor | None = None,
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, for a call that no backend could mean anything by."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be [batch, heads, length, dim], got {list(tensor.shape)}")
-        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share one floating type, got {q.dtype}, {k.dtype} and {v.dtype}")
-    named = {"k": k, "v": v, "ranges": ranges, "ts": ts, "mask": mask, "bias": bias, "sinks": sinks}
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"q is on {q.device}, but {name} is on {tensor.device}: move it there")
+    if not q.ndim == k.ndim == v.ndim == 4:
+        name, tensor = next((name, x) for name, x in (("q", q), ("k", k), ("v", v)) if x.ndim != 4)
+        raise ValueError(f"{name} must be [batch, heads, length, dim], got {list(tensor.shape)}")
+    if not (q.dtype.is_floating_point and q.dtype == k.dtype == v.dtype):
+        raise TypeError(f"q, k and v must share one floating type, got {q.dtype}, {k.dtype} and {v.dtype}")
+    device = q.device
+    for name, tensor in zip(("k", "v", "ranges", "ts", "mask", "bias", "sinks"), (k, v, ranges, ts, mask, bias, sinks)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"q is on {device}, but {name} is on {tensor.device}: move it there")
     batch, heads, rows, dim = q.shape
-    keys = k.shape[2]
+    k_batch, kv_heads, keys, k_dim = k.shape
     if not dim:
         raise ValueError(f"the head dimension must be at least 1, got q {list(q.shape)}")
     if (
-        k.shape[0] != batch
+        k_batch != batch
         or v.shape[:3] != k.shape[:3]
-        or k.shape[3] != dim
-        or (heads % k.shape[1] if k.shape[1] else heads)
+        or k_dim != dim
+        or (heads % kv_heads if kv_heads else heads)
     ):
         raise ValueError(
             "q [B, H, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv] with H a multiple of Hkv do not fit "
@@ -67,12 +67,13 @@ def check_arguments(
 
 
 def _check_parameters(ranges: Tensor, ts: Tensor, affine: Affine | None, sinks: Tensor | None, heads: int) -> None:
-    if ranges.shape != ts.shape or ranges.ndim not in (1, 2) or ranges.shape[-1] < 2 or ranges.shape[-1] % 2:
+    shape = ranges.shape
+    if shape != ts.shape or len(shape) not in (1, 2) or shape[-1] < 2 or shape[-1] % 2:
         raise ValueError(
-            f"ranges and ts must both be [2N] or [heads, 2N] with N >= 1, got {list(ranges.shape)} and {list(ts.shape)}"
+            f"ranges and ts must both be [2N] or [heads, 2N] with N >= 1, got {list(shape)} and {list(ts.shape)}"
         )
-    if ranges.ndim == 2 and ranges.shape[0] != heads:
-        raise ValueError(f"ranges and ts have {ranges.shape[0]} heads, but q has {heads}")
+    if len(shape) == 2 and shape[0] != heads:
+        raise ValueError(f"ranges and ts have {shape[0]} heads, but q has {heads}")
     for name, tensor in zip(("affine scale", "affine shift"), affine or ()):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, a scalar or [{heads}], got {type(tensor).__name__}")

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include <omp.h>
 #if defined(__AVX__)
@@ -69,16 +70,21 @@ struct Arguments {
   float* delta;       // [batch, heads, rows]: rowsum(out * grad_out), written by the backward
   float* grad_q;      // [splits, batch, heads, rows, dim], zeros on entry
   float* grad_bias;   // contiguous, zeros on entry; null where not wanted
-  double* grad_scalars;  // [splits, batch, heads, 4 order + 2]: ranges, ts, scale, shift; null where not wanted
+  float* grad_ranges;    // contiguous, shaped like the parameters; the three are null where none of them is wanted
+  float* grad_ts;
+  float* grad_affine;    // null without affine
+  double* sums;  // [splits, batch, heads, 4 order + 2]: what those are the sums of; set by the backward itself
   const float* ranges;   // [1 or heads, 2 order]
   const float* ts;
   const float* affine;  // [1 or heads, 2], null where absent
   const float* sinks;   // [heads], null where absent
   int64_t grad_bias_stride[4];
   int64_t batch, heads, kv_heads, rows, keys, dim, value_dim, order;
-  int64_t parameter_stride, affine_stride;  // elements from one head to the next, 0 where shared
-  int64_t causal, window;                   // window -1: none
-  int64_t row_block, splits, threads, seed;
+  int64_t parameter_stride;  // elements from one head to the next, 0 where shared
+  int64_t splits, threads, row_block;
+  int64_t affine_stride;   // as parameter_stride
+  int64_t causal, window;  // window -1: none
+  int64_t seed;
   double scale, softcap, dropout;  // softcap 0: none
 };
 
@@ -936,7 +942,7 @@ void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffer
   }
   if (SCALARS) {
     const int64_t head = (split * g.batch + b) * g.heads + h;
-    add_scalars<ORDER>(m, sums, affine_sums, g.grad_scalars + head * (4 * g.order + 2));
+    add_scalars<ORDER>(m, sums, affine_sums, g.sums + head * (4 * g.order + 2));
   }
 
   pack(grad_out, rows, g.value_dim, t.row_panels);
@@ -976,7 +982,7 @@ void backward_keys(const Arguments& g, int64_t b, int64_t kv, int64_t split) {
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
       const Modulator m(g, h);
       for (int64_t row = 0; row < g.rows; row += kRowsBackward) {
-        if (g.grad_scalars) {
+        if (g.sums) {
           backward_block<ORDER, true>(g, m, t, b, h, row, key, keys, split);
         } else {
           backward_block<ORDER, false>(g, m, t, b, h, row, key, keys, split);
@@ -1016,10 +1022,24 @@ void compute_delta(const Arguments& g) {
   }
 }
 
+// Columns [first, first + count) of the sums, added over splits, batches and, where they share the parameter, heads
+void add_up(const Arguments& g, int64_t first, int64_t count, bool own_per_head, float* to) {
+  const int64_t size = 4 * g.order + 2, lines = g.splits * g.batch * g.heads, step = own_per_head ? g.heads : 1;
+  for (int64_t head = 0; head < step; ++head, to += count) {
+    for (int64_t j = 0; j < count; ++j) {
+      double total = 0;
+      for (int64_t line = head; line < lines; line += step) total += g.sums[line * size + first + j];
+      to[j] = float(total);
+    }
+  }
+}
+
 // Batches and heads that share a bias entry go to one thread in turn, so that its gradient has one writer.
 template <int ORDER>
-void backward(const Arguments& g) {
+void backward(Arguments g) {
   compute_delta(g);
+  std::vector<double> sums(g.grad_ranges ? g.splits * g.batch * g.heads * (4 * g.order + 2) : 0);
+  g.sums = g.grad_ranges ? sums.data() : nullptr;
   const bool join_batch = g.grad_bias && g.grad_bias_stride[0] == 0, join_heads = g.grad_bias && g.grad_bias_stride[1] == 0;
   const int64_t outer_b = join_batch ? 1 : g.batch, outer_h = join_heads ? 1 : g.kv_heads;
   const int64_t inner_b = g.batch / outer_b, inner_h = g.kv_heads / outer_h;
@@ -1031,6 +1051,10 @@ void backward(const Arguments& g) {
       for (int64_t j = 0; j < inner_h; ++j) backward_keys<ORDER>(g, b * inner_b + i, h * inner_h + j, split);
     }
   }
+  if (!g.grad_ranges) return;
+  add_up(g, 0, 2 * g.order, g.parameter_stride, g.grad_ranges);
+  add_up(g, 2 * g.order, 2 * g.order, g.parameter_stride, g.grad_ts);
+  if (g.grad_affine) add_up(g, 4 * g.order, 2, g.affine_stride, g.grad_affine);
 }
 
 }  // namespace

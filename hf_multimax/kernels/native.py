@@ -69,7 +69,7 @@ def _unseen(q: Tensor) -> bool:
     """Whether nothing traces, transforms or intercepts operators, so that dispatching them would be time lost."""
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or type(q) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
@@ -88,15 +88,16 @@ def unsupported(
     **features: object,
 ) -> str | None:
     """The first feature of this call that the backend lacks, None where it has them all."""
-    if q.device.type != "cpu":
+    if not q.is_cpu:
         return f"tensors on {q.device.type}"
     if q.dtype not in TYPES:
         return f"{q.dtype} inputs"
     if ranges.shape[-1] > 2 * MAX_ORDER:
         return f"orders above {MAX_ORDER}"
-    for name, tensor in (("mask", mask), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in TYPES:
-            return f"a {name} of type {tensor.dtype}"
+    if mask is not None and mask.dtype not in TYPES:
+        return f"a mask of type {mask.dtype}"
+    if bias is not None and bias.dtype not in TYPES:
+        return f"a bias of type {bias.dtype}"
     # asked without gradients too: a forward pass under no_grad may be a checkpointed one, whose choice must not change
     if mask is not None and mask.requires_grad:
         return "a gradient for the mask"
@@ -198,7 +199,8 @@ def _run_forward(call: Call, out: Tensor, out32: Tensor | None, stats: Tensor | 
     if splits > 1:
         partial = torch.empty((splits, *out.shape), dtype=torch.float32)
         partial_stats = torch.empty((3, splits, *out.shape[:3]), dtype=torch.float32)
-        call.pointers(out32=partial, **_named(partial_stats))
+        call.pointers(out32=partial)
+        call.statistics(partial_stats)
         call.run("forward")
         merged, merged_stats = _merge_splits(partial, partial_stats)
         out.copy_(merged)
@@ -208,7 +210,7 @@ def _run_forward(call: Call, out: Tensor, out32: Tensor | None, stats: Tensor | 
             stats.copy_(merged_stats)
         return
     if stats is not None:
-        call.pointers(**_named(stats))
+        call.statistics(stats)
     if out32 is not None:
         call.pointers(out32=out32)
     call.run("forward")
@@ -226,11 +228,6 @@ def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         torch.empty(copy, dtype=torch.float32, device=v.device),
         torch.empty((3, *q.shape[:3]), dtype=torch.float32, device=v.device),
     )
-
-
-def _named(stats: Tensor) -> dict[str, Tensor]:
-    """A row's largest modulated score, its sum of exponentials relative to that, and that score before sigma."""
-    return dict(zip(("top", "total", "peak"), stats.unbind()))
 
 
 def _fake_inference(q, k, v, *rest):
@@ -271,23 +268,24 @@ def _compute_gradients(
     call.features(mask, bias, affine_scale, affine_shift, sinks, seed, dropout_p, causal, window, scale, softcap)
     splits = _backward_splits(q, k, bias if needed[6] else None, call.threads)
     call.set(splits=splits)
-    grad_q = torch.zeros((splits, *q.shape), dtype=torch.float32)
+    grad_q = torch.zeros(q.shape if splits == 1 else (splits, *q.shape), dtype=torch.float32)
     grad_k, grad_v = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
     delta = torch.empty(q.shape[:3], dtype=torch.float32)
     call.views(grad_out=dense_rows(grad_out), grad_k=grad_k, grad_v=grad_v)
-    call.pointers(out32=out32, delta=delta, grad_q=grad_q, **_named(stats))
-    scalars = grad_bias = None
-    if any(needed[i] for i in (3, 4, 7, 8)):
-        scalars = torch.zeros((splits, call.batch, call.heads, 4 * call.order + 2), dtype=torch.float64)
-        call.pointers(grad_scalars=scalars)
+    call.pointers(out32=out32, delta=delta, grad_q=grad_q)
+    call.statistics(stats)
+    grad_ranges = grad_ts = grad_affine = grad_bias = None
+    if needed[3] or needed[4] or needed[7] or needed[8]:
+        grad_ranges, grad_ts, grad_affine = call.scalar_gradients()
     if needed[6] and bias is not None:
         grad_bias = torch.zeros(bias.shape, dtype=torch.float32)
         call.grad_bias(grad_bias)
     call.run("backward")
-    grad_ranges, grad_ts, grad_scale, grad_shift = _scalar_gradients(scalars)
+    # apart, as what an operator returns must not share memory
+    grad_scale, grad_shift = (None, None) if grad_affine is None else (x.clone() for x in grad_affine.unbind(-1))
     found = (
-        grad_q[0] if splits == 1 else grad_q.sum(0), grad_k, grad_v, grad_ranges, grad_ts, None, grad_bias,
-        grad_scale, grad_shift, _sink_gradient(sinks, stats, delta),
+        grad_q if splits == 1 else grad_q.sum(0), grad_k, grad_v, grad_ranges, grad_ts, None, grad_bias, grad_scale,
+        grad_shift, _sink_gradient(sinks, stats, delta),
     )  # fmt: skip
     return [fitted(grad, x) if wanted and x is not None else None for grad, x, wanted in zip(found, inputs, needed)]
 
@@ -330,15 +328,6 @@ def _backward_splits(q: Tensor, k: Tensor, bias: Tensor | None, threads: int) ->
     if threads == 1 or items >= 2 * threads:
         return 1
     return max(1, min(-(-2 * threads // items), k.shape[2] // 64))
-
-
-def _scalar_gradients(partial: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of (ranges, ts, scale, shift) for each head from the partial sums ``[splits, B, H, 4N + 2]``."""
-    if partial is None:
-        return (None,) * 4
-    size = partial.shape[-1] // 2 - 1
-    *both, scale, shift = torch.split_with_sizes_copy(partial.sum((0, 1)), (size, size, 1, 1), -1)  # must not alias
-    return *both, scale.squeeze(-1), shift.squeeze(-1)
 
 
 def _sink_gradient(sinks: Tensor | None, stats: Tensor, delta: Tensor) -> Tensor | None:

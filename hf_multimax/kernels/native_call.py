@@ -16,12 +16,13 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 VIEWS = ("q", "k", "v", "out", "grad_out", "bias", "mask", "grad_k", "grad_v")
 VIEW_WORDS = 6  # data, four strides, type
 POINTERS = (
-    "out32", "top", "total", "peak", "delta", "grad_q", "grad_bias", "grad_scalars", "ranges", "ts", "affine", "sinks",
+    "out32", "top", "total", "peak", "delta", "grad_q", "grad_bias", "grad_ranges", "grad_ts", "grad_affine", "sums",
+    "ranges", "ts", "affine", "sinks",
 )  # fmt: skip
 STRIDES = "grad_bias_stride"
 INTEGERS = (
-    "batch", "heads", "kv_heads", "rows", "keys", "dim", "value_dim", "order", "parameter_stride", "affine_stride",
-    "causal", "window", "row_block", "splits", "threads", "seed",
+    "batch", "heads", "kv_heads", "rows", "keys", "dim", "value_dim", "order", "parameter_stride", "splits", "threads",
+    "row_block", "affine_stride", "causal", "window", "seed",
 )  # fmt: skip
 REALS = ("scale", "softcap", "dropout")
 
@@ -37,7 +38,9 @@ def _offsets() -> tuple[dict[str, int], int]:
 
 
 OFFSETS, WORDS = _offsets()
-SHAPE = slice(OFFSETS["batch"], OFFSETS["affine_stride"])
+INPUTS = slice(OFFSETS["q"], OFFSETS["out"])
+SHAPE = slice(OFFSETS["batch"], OFFSETS["row_block"])
+STATISTICS = slice(OFFSETS["top"], OFFSETS["delta"])
 PACKED = struct.Struct(f"={WORDS - len(REALS)}q{len(REALS)}d")
 
 
@@ -45,17 +48,18 @@ class Call:
     """The arguments of one C call, and the tensors that its pointers need alive."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, ts: Tensor) -> None:
-        self._words: list[int | float] = [0] * WORDS
-        self._kept: list[Tensor] = []
         self.batch, self.heads, self.rows, dim = q.shape
-        self.kv_heads, self.keys = k.shape[1], k.shape[2]
-        self.order, self.threads = ranges.shape[-1] // 2, torch.get_num_threads()
+        _, self.kv_heads, self.keys, value_dim = v.shape
+        self._parameters, self._affine = ranges.shape, None
+        size = ranges.shape[-1]
+        self.order, self.threads = size // 2, torch.get_num_threads()
+        self._kept: list[Tensor] = [dense_rows(q), dense_rows(k), dense_rows(v)]
+        self._words: list[int | float] = [0] * WORDS
+        self._words[INPUTS] = [word for x in self._kept for word in _view(x)]
         self._words[SHAPE] = (
-            self.batch, self.heads, self.kv_heads, self.rows, self.keys, dim, v.shape[3], self.order,
-            ranges.shape[-1] if ranges.ndim == 2 else 0,
+            self.batch, self.heads, self.kv_heads, self.rows, self.keys, dim, value_dim, self.order,
+            size if ranges.ndim == 2 else 0, 1, self.threads,
         )  # fmt: skip
-        self.set(threads=self.threads, splits=1)
-        self.views(q=dense_rows(q), k=dense_rows(k), v=dense_rows(v))
         self.pointers(ranges=_parameter(ranges), ts=_parameter(ts))
 
     def set(self, **values: int | float) -> None:
@@ -68,13 +72,29 @@ class Call:
         for name, x in tensors.items():
             self._kept.append(x)
             start = OFFSETS[name]
-            self._words[start : start + VIEW_WORDS] = x.data_ptr(), *x.stride(), TYPES[x.dtype]
+            self._words[start : start + VIEW_WORDS] = _view(x)
 
     def pointers(self, **tensors: Tensor) -> None:
         """Set pointers to contiguous tensors."""
         for name, x in tensors.items():
             self._kept.append(x)
             self._words[OFFSETS[name]] = x.data_ptr()
+
+    def statistics(self, stats: Tensor) -> None:
+        """Set a row's largest modulated score, its sum of exponentials relative to that, and that score before sigma.
+
+        They are the contiguous thirds of ``stats``, whose views would cost more than their addresses.
+        """
+        self._kept.append(stats)
+        first, size = stats.data_ptr(), stats.nbytes // 3
+        self._words[STATISTICS] = first, first + size, first + 2 * size
+
+    def scalar_gradients(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ask for the gradients of ranges, ts and the affine pair, in float32 and in the shapes that were given."""
+        shapes = {"ranges": self._parameters, "ts": self._parameters, "affine": self._affine}
+        grads = {f"grad_{name}": torch.empty(x, dtype=torch.float32) for name, x in shapes.items() if x is not None}
+        self.pointers(**grads)
+        return grads["grad_ranges"], grads["grad_ts"], grads.get("grad_affine")
 
     def features(
         self, mask: Tensor | None, bias: Tensor | None, affine_scale: Tensor | None, affine_shift: Tensor | None,
@@ -89,6 +109,7 @@ class Call:
                 self.views(**{name: tensor.expand(shape)})
         if affine_scale is not None and affine_shift is not None:
             pair = torch.stack(torch.broadcast_tensors(_parameter(affine_scale), _parameter(affine_shift)), -1)
+            self._affine = pair.shape
             self.set(affine_stride=2 if pair.ndim == 2 else 0)
             self.pointers(affine=pair)
         if sinks is not None:
@@ -112,8 +133,13 @@ class Call:
 
 def dense_rows(x: Tensor) -> Tensor:
     """``x`` with unit stride within its rows."""
-    dense = (x.stride(3) == 1 and x.stride(2) >= x.shape[3]) or (x.shape[3] == 1 and x.stride(2) >= 1)
-    return x if dense else x.contiguous()
+    _, _, row, column = x.stride()
+    size = x.shape[3]
+    return x if (column == 1 and row >= size) or (size == 1 and row >= 1) else x.contiguous()
+
+
+def _view(x: Tensor) -> tuple[int, ...]:
+    return x.data_ptr(), *x.stride(), TYPES[x.dtype]
 
 
 def _parameter(x: Tensor) -> Tensor:
