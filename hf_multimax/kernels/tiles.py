@@ -11,8 +11,8 @@ from torch import Tensor
 
 __all__ = ["Options", "Problem", "Scores", "Tile", "length", "plan_tiles"]
 
-#: scores in a tile: three such buffers of float32 (five in the backward pass) stay in a core's outer caches
-TILE_ELEMENTS = 1 << 18
+#: scores in a tile: three such buffers of float32 (five in the backward pass) stay in a processor's outer cache
+TILE_ELEMENTS = 1 << 19
 #: rows of a tile whatever the number of keys: matrix products of fewer are slow
 SMALLEST_HEIGHT = 32
 #: rows of a tile under a causal mask or a window, where the scores that a tile computes in vain grow with its height
@@ -141,6 +141,9 @@ class Problem:
         self.options = options
         self.tiles = list(plan_tiles(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], options, whole_heads))
         self._buffers: dict[str, Tensor] = {}
+        # where the inputs alone bound the scores, no tile need be asked
+        bound = _magnitude(q) * _magnitude(self.k) * q.shape[3] * abs(options.scale)
+        self._regular = bound + (0.0 if bias is None else _magnitude(bias)) < REGULAR
 
     def buffer(self, name: str, tile: Tile) -> Tensor:
         """A reused contiguous ``[batch, heads, rows, keys]`` buffer for the tile."""
@@ -177,7 +180,7 @@ class Problem:
         if self.bias is not None:
             values.add_(_part(self.bias, tile))
         keep, added = self._mask(tile)
-        return Scores(values, capped, keep, self._band(tile), added, _is_irregular(values))
+        return Scores(values, capped, keep, self._band(tile), added, not self._regular and _is_irregular(values))
 
     def _mask(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
         if self.mask is None:
@@ -229,7 +232,12 @@ def _part(x: Tensor, tile: Tile) -> Tensor:
 
 def _is_irregular(x: Tensor) -> bool:
     """Whether scores are infinite, NaN or could become so; always yes where asking would wait for the device."""
+    return not _magnitude(x) < REGULAR
+
+
+def _magnitude(x: Tensor) -> float:
+    """The largest absolute value in ``x``, NaN if it holds one; infinity where asking would wait for the device."""
     if x.device.type != "cpu" or not x.numel():
-        return True
-    low, high = torch.aminmax(x)
-    return not (low.item() > -REGULAR and high.item() < REGULAR)
+        return float("inf")
+    low, high = (end.item() for end in torch.aminmax(x))
+    return high if high > -low else -low
