@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ def _call(case: Case, **more):
     return tensors, {**options, **more}, torch.randn(*tensors["q"].shape[:3], case.dims[1])
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.bias != (33,)], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_float32_agrees_with_float64(case):
     check(native.attention, case)
 
@@ -220,6 +221,17 @@ def test_two_processes_may_compile_at_once(tmp_path):
     library.write_bytes(b"damaged")
     out, errors = _process(tmp_path).communicate(timeout=300)
     assert out.split() == ["True", "32.0"], errors
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for an x86-64 processor without AVX")
+def test_narrow_vectors_compute_the_same(tmp_path, monkeypatch):
+    library = tmp_path / "narrow.so"
+    flags = (*native_build.COMPILE_FLAGS, "-march=x86-64")
+    native_build._compile(native_build._compiler(), flags, native_build._openmp_runtime(), library)
+    monkeypatch.setattr(native_call, "load", lambda: (native_build._open(library), ""))
+    for case in CASES:
+        check(native.attention, case)
 
 
 def test_without_a_compiler_one_line_says_so(tmp_path):
