@@ -18,7 +18,7 @@ from .operators import DIFFERENTIABLE, LIBRARY, define_operator, fake_gradients,
 __all__ = ["attention", "available", "reason", "unsupported"]
 
 MAX_ORDER = 16
-#: query rows of a forward block, each of which packs the keys anew, and the step that fills register tiles (6 or 12 rows)
+#: query rows of a forward block, each of which packs the keys anew, and the step that fills register tiles
 ROW_BLOCK, SMALLEST_ROW_BLOCK, ROW_STEP = 240, 16, 24
 #: keys below which splitting them over threads costs more than it gains
 SMALLEST_SPLIT = 256
