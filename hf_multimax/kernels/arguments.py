@@ -37,12 +37,7 @@ def check_arguments(
     k_batch, kv_heads, keys, k_dim = k.shape
     if not dim:
         raise ValueError(f"the head dimension must be at least 1, got q {list(q.shape)}")
-    if (
-        k_batch != batch
-        or v.shape[:3] != k.shape[:3]
-        or k_dim != dim
-        or (heads % kv_heads if kv_heads else heads)
-    ):
+    if k_batch != batch or v.shape[:3] != k.shape[:3] or k_dim != dim or (heads % kv_heads if kv_heads else heads):
         raise ValueError(
             "q [B, H, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv] with H a multiple of Hkv do not fit "
             f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
