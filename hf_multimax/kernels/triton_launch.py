@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from hf_multimax.kernels.triton_backward import bias_kernel, dkdv_kernel, dq_kernel
+from hf_multimax.kernels.triton_backward import dkdv_kernel, dq_kernel
+from hf_multimax.kernels.triton_bias import bias_kernel
 from hf_multimax.kernels.triton_forward import combine_kernel, decode_kernel, forward_kernel
 
 __all__ = ["Problem", "Tile", "backward", "forward", "tile"]
