@@ -67,10 +67,14 @@ class MultiMaxRows:
         """``out = sigma(x)``; ``u`` is scratch."""
         source = x
         for term in self._terms:
-            if not term.vanishes:
+            if term.vanishes:
+                continue
+            if term.clamps and self.sinks is None:  # softmax does not see the constant that this leaves out
+                torch.add(source, term.clamped(x, u), alpha=-term.t if term.below else term.t, out=out)
+            else:
                 term.excess(x, u, tile).relu_()
                 _add_power(source, u, _of(term.t, tile), term.n, out)
-                source = out
+            source = out
         if source is x:
             out.copy_(x)
 
@@ -147,11 +151,21 @@ class Term:
     t: Tensor | float
     n: int
     below: bool
+    limit: float | None  # the bound as a number, where it is known
 
     def excess(self, x: Tensor, out: Tensor, tile: Tile) -> Tensor:
         """``b - x`` or ``x - d``."""
         bound = _of(self.bound, tile)
         return torch.sub(bound, x, out=out) if self.below else torch.sub(x, bound, out=out)
+
+    @property
+    def clamps(self) -> bool:
+        """Whether ``-t * min(x, b)`` or ``t * max(x, d)``, one pass less, has the digits of the term but a constant."""
+        return self.n == 1 and self.limit is not None and abs(self.limit * self.t) <= 1
+
+    def clamped(self, x: Tensor, out: Tensor) -> Tensor:
+        """``min(x, b)`` or ``max(x, d)``."""
+        return torch.clamp(x, max=self.limit, out=out) if self.below else torch.clamp(x, min=self.limit, out=out)
 
     @property
     def vanishes(self) -> bool:
@@ -168,9 +182,10 @@ def _terms(ranges: Tensor, ts: Tensor) -> list[Term]:
     """The 2N terms of a modulator ``[2N]`` or ``[heads, 2N]``."""
     shared = ts.ndim == 1
     bounds, slopes = ([x if shared else x[:, None, None] for x in parameter.unbind(-1)] for parameter in (ranges, ts))
+    limits: list[float | None] = [None] * ts.shape[-1]
     if shared and ts.device.type == "cpu":
-        slopes = ts.tolist()
-    return [Term(b, t, i // 2 + 1, i % 2 == 0) for i, (b, t) in enumerate(zip(bounds, slopes))]
+        slopes, limits = ts.tolist(), ranges.tolist()
+    return [Term(b, t, i // 2 + 1, i % 2 == 0, limit) for i, (b, t, limit) in enumerate(zip(bounds, slopes, limits))]
 
 
 def _of(x: Tensor | float, tile: Tile) -> Tensor | float:
