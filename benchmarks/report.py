@@ -61,7 +61,13 @@ def render(text: str) -> str:
 
 def attention() -> str:
     """Ratios to SDPA by shape; on a GPU with the kernels of others."""
-    columns = {"`native`": "native", "`tiled`": "tiled", "the formula in plain PyTorch": "plain"}
+    columns = {
+        "`native`": "native",
+        "`tiled`": "tiled",
+        "the formula in plain PyTorch": "plain",
+        "`torch.compile` of it": "compile",
+        "FlexAttention (forward)": "flex",
+    }
     rest = {
         "`triton`": "triton",
         "`tiled`": "tiled",
@@ -160,10 +166,11 @@ def _by_device(
 ) -> str:
     """The table of a benchmark on a CPU, and on a GPU if it ran there; ``cpu`` and ``gpu`` name the columns to show.
 
-    Of rows with one label, the first is shown: a benchmark's default table goes before its longer ones.
+    Of rows with one label, the first is shown, filled up by the others: a benchmark's default table goes before its
+    longer ones.
     """
     rows = ([row for row in _rows(name, device, key) if keep(row)] for device in ("cpu", "cuda"))
-    here, there = ({tuple(label(row)): row for row in reversed(found)} for found in rows)
+    here, there = (_merged(found, label) for found in rows)
     if not here:
         raise ValueError(f"{results_path(name, 'cpu')} is missing: run `python -m benchmarks.{name}`")
     missing = [] if there else [UNMEASURED]
@@ -174,6 +181,14 @@ def _by_device(
         lines = [[*labelled, *(cell(row, c) for c in gpu.values())] for labelled, row in reversed(there.items())]
         text += "\nOn a GPU:\n\n" + _table([*labels, *gpu], lines)
     return text
+
+
+def _merged(rows: Iterable[Row], label: Callable[[Row], list[str]]) -> dict[tuple[str, ...], Row]:
+    """The rows by label, last first."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in reversed(list(rows)):
+        found[tuple(label(row))] = {**found.get(tuple(label(row)), {}), **row}
+    return found
 
 
 def _rows(name: str, device: str, key: str = "rows") -> list[Row]:
