@@ -114,6 +114,7 @@ class MultiMaxRows:
         """``out = g dsigma/dx``; adds g's share to the gradients of ranges and ts. ``u`` and ``w`` are scratch."""
         source = g
         sums = torch.zeros(2, len(self._terms), *x.shape[:3], dtype=x.dtype, device=x.device)
+        of_ranges, of_ts = (part.unbind() for part in sums)
         for column, term in enumerate(self._terms):
             if term.vanishes and not self.want_scalars:
                 continue
@@ -128,8 +129,8 @@ class MultiMaxRows:
                 _add_power(source, w, _of(term.slope, tile), 1, out)
                 source = out
             if self.want_scalars:
-                torch.sum(w, -1, out=sums[0, column])
-                torch.sum(torch.mul(w, u, out=u), -1, out=sums[1, column])
+                torch.sum(w, -1, out=of_ranges[column])
+                torch.sum(torch.mul(w, u, out=u), -1, out=of_ts[column])
         if self.want_scalars:
             self._sums[:, :, tile.heads] += sums.sum((2, 4), dtype=torch.float64)
         return out.copy_(g) if source is g else out

@@ -3,8 +3,10 @@
 A tile holds all keys that a few query rows see, so that a row function meets complete rows.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,6 +51,11 @@ class Tile:
         """Where the tile lies in ``[B, H, Nq, Nk]``."""
         return self.batch, self.heads, self.rows, self.keys
 
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """``(batch, heads, rows, keys)``"""
+        return tuple(length(axis) for axis in self.scores)
+
 
 def plan_tiles(
     batch: int, heads: int, kv_heads: int, rows: int, keys: int, options: Options, whole_heads: bool
@@ -60,7 +67,7 @@ def plan_tiles(
     height = min(rows, CAUSAL_ROWS) if banded else rows
     kv_step = kv_heads
     if not whole_heads:
-        kv_step = min(kv_heads, max(1, TILE_ELEMENTS // (group * min(height, CAUSAL_ROWS) * keys)))
+        kv_step = min(kv_heads, max(1, TILE_ELEMENTS // (group * height * keys)))
     height = min(height, max(SMALLEST_HEIGHT, TILE_ELEMENTS // (kv_step * group * keys)))
     batch_step = max(1, TILE_ELEMENTS // (heads * rows * keys)) if kv_step == kv_heads and height == rows else 1
     index, shift = 0, keys - rows
@@ -140,19 +147,22 @@ class Problem:
         self.seed = None if seed is None else int(seed)
         self.options = options
         self.tiles = list(plan_tiles(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], options, whole_heads))
+        self._largest = max((math.prod(tile.shape) for tile in self.tiles), default=0)
         self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         # where the inputs alone bound the scores, no tile need be asked
         bound = _magnitude(q) * _magnitude(self.k) * q.shape[3] * abs(options.scale)
         self._regular = bound + (0.0 if bias is None else _magnitude(bias)) < REGULAR
 
     def buffer(self, name: str, tile: Tile) -> Tensor:
         """A reused contiguous ``[batch, heads, rows, keys]`` buffer for the tile."""
-        shape = [axis.stop - axis.start for axis in tile.scores]
-        count = shape[0] * shape[1] * shape[2] * shape[3]
-        held = self._buffers.get(name)
-        if held is None or held.numel() < count:
-            held = self._buffers[name] = torch.empty(count, dtype=self.dtype, device=self.q.device)
-        return held[:count].view(shape)
+        view = self._views.get((name, tile.shape))
+        if view is None:
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty(self._largest, dtype=self.dtype, device=self.q.device)
+            view = self._buffers[name][: math.prod(tile.shape)].view(tile.shape)
+            self._views[name, tile.shape] = view
+        return view
 
     def queries(self, x: Tensor, tile: Tile) -> Tensor:
         """The tile's rows of a ``[B, H, Nq, *]`` tensor as ``[batch * kv_heads, group * rows, *]``."""
