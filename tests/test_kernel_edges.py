@@ -6,7 +6,7 @@ from models import make
 from torch.autograd import forward_ad
 
 from hf_multimax import backend, multimax_attention, multimax_parameters, patch_model
-from hf_multimax.kernels import native, native_build
+from hf_multimax.kernels import native, native_build, tiled
 
 BACKENDS = ["eager", "tiled", "native"]
 
@@ -103,3 +103,32 @@ def test_the_fused_loss_ignores_the_label_that_it_is_told_to():
     assert losses[1].logits is None  # the second call is fused
     expected = model.eval()(ids, labels=ids, ignore_index=0).loss
     torch.testing.assert_close(losses[1].loss, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_default_device_moves_nothing(chosen, rows):
+    threads = torch.get_num_threads()
+    tensors = call(1, 1, rows, 600)
+    expected = multimax_attention(*tensors)
+    grads = torch.autograd.grad(expected.square().sum(), tensors)
+    torch.set_num_threads(2)  # several processors split the keys of few rows
+    try:
+        with torch.device("meta"):
+            actual = multimax_attention(*tensors)
+            found = torch.autograd.grad(actual.square().sum(), tensors)
+            with torch.no_grad():
+                plain = multimax_attention(*tensors)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip((actual, plain, *found), (expected, expected, *grads)):
+        torch.testing.assert_close(a, b)
+
+
+def test_tiles_read_a_repeated_bias_once(monkeypatch):
+    seen, aminmax = [], torch.aminmax
+    monkeypatch.setattr(torch, "aminmax", lambda x: seen.append(x) or aminmax(x))
+    query, key, value, ranges, ts = call()
+    by_key = torch.randn(5, 5, 2).permute(2, 0, 1)  # as T5 lays out its position bias
+    for bias in (torch.randn(5).expand(1, 2, 5, 5), by_key):
+        tiled.attention(query, key, value, ranges, ts, bias=bias)
+        assert seen[-1].numel() == (5 if bias is not by_key else 50) and seen[-1].is_contiguous()

@@ -157,7 +157,7 @@ def _inference(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=v.dtype)
+    out = v.new_empty((*q.shape[:3], v.shape[3]))
     call = Call(q, k, v, ranges, ts)
     call.features(mask, bias, affine_scale, affine_shift, sinks, seed, dropout_p, causal, window, scale, softcap)
     _run_forward(call, out, None, None)
@@ -197,8 +197,8 @@ def _run_forward(call: Call, out: Tensor, out32: Tensor | None, stats: Tensor | 
     call.set(row_block=row_block, splits=splits)
     call.views(out=out)
     if splits > 1:
-        partial = torch.empty((splits, *out.shape), dtype=torch.float32)
-        partial_stats = torch.empty((3, splits, *out.shape[:3]), dtype=torch.float32)
+        partial = out.new_empty((splits, *out.shape), dtype=torch.float32)
+        partial_stats = out.new_empty((3, splits, *out.shape[:3]), dtype=torch.float32)
         call.pointers(out32=partial)
         call.statistics(partial_stats)
         call.run("forward")
@@ -268,9 +268,9 @@ def _compute_gradients(
     call.features(mask, bias, affine_scale, affine_shift, sinks, seed, dropout_p, causal, window, scale, softcap)
     splits = _backward_splits(q, k, bias if needed[6] else None, call.threads)
     call.set(splits=splits)
-    grad_q = torch.zeros(q.shape if splits == 1 else (splits, *q.shape), dtype=torch.float32)
-    grad_k, grad_v = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
-    delta = torch.empty(q.shape[:3], dtype=torch.float32)
+    grad_q = q.new_zeros(q.shape if splits == 1 else (splits, *q.shape), dtype=torch.float32)
+    grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
+    delta = q.new_empty(q.shape[:3], dtype=torch.float32)
     call.views(grad_out=dense_rows(grad_out), grad_k=grad_k, grad_v=grad_v)
     call.pointers(out32=out32, delta=delta, grad_q=grad_q)
     call.statistics(stats)
@@ -278,7 +278,7 @@ def _compute_gradients(
     if needed[3] or needed[4] or needed[7] or needed[8]:
         grad_ranges, grad_ts, grad_affine = call.scalar_gradients()
     if needed[6] and bias is not None:
-        grad_bias = torch.zeros(bias.shape, dtype=torch.float32)
+        grad_bias = bias.new_zeros(bias.shape, dtype=torch.float32)
         call.grad_bias(grad_bias)
     call.run("backward")
     # apart, as what an operator returns must not share memory

@@ -92,7 +92,9 @@ class Call:
     def scalar_gradients(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Ask for the gradients of ranges, ts and the affine pair, in float32 and in the shapes that were given."""
         shapes = {"ranges": self._parameters, "ts": self._parameters, "affine": self._affine}
-        grads = {f"grad_{name}": torch.empty(x, dtype=torch.float32) for name, x in shapes.items() if x is not None}
+        shapes = {f"grad_{name}": shape for name, shape in shapes.items() if shape is not None}
+        # the device is named because a default device would put them where no C++ can write
+        grads = {name: torch.empty(shape, dtype=torch.float32, device="cpu") for name, shape in shapes.items()}
         self.pointers(**grads)
         return grads["grad_ranges"], grads["grad_ts"], grads.get("grad_affine")
 

@@ -249,5 +249,8 @@ def _magnitude(x: Tensor) -> float:
     """The largest absolute value in ``x``, NaN if it holds one; infinity where asking would wait for the device."""
     if x.device.type != "cpu" or not x.numel():
         return float("inf")
+    # what broadcasting repeats is read once; aminmax copies what is not in the order of its memory
+    x = x[tuple(slice(None) if stride else slice(1) for stride in x.stride())]
+    x = x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
     low, high = (end.item() for end in torch.aminmax(x))
     return high if high > -low else -low
