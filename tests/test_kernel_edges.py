@@ -1,12 +1,16 @@
 """Calls at the edge of what the kernels take: other devices, nothing to attend to, the strides that fakes promise."""
 
+import statistics
+
 import pytest
 import torch
+from attention_cases import reference
 from models import make
 from torch.autograd import forward_ad
 
 from hf_multimax import backend, multimax_attention, multimax_parameters, patch_model
 from hf_multimax.kernels import native, native_build, tiled
+from tests.tolerances import relative_error
 
 BACKENDS = ["eager", "tiled", "native"]
 
@@ -132,3 +136,52 @@ def test_tiles_read_a_repeated_bias_once(monkeypatch):
     for bias in (torch.randn(5).expand(1, 2, 5, 5), by_key):
         tiled.attention(query, key, value, ranges, ts, bias=bias)
         assert seen[-1].numel() == (5 if bias is not by_key else 50) and seen[-1].is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_entry_of_half_the_lowest_value_masks_and_the_next_does_not(chosen, dtype):
+    edge = torch.tensor(torch.finfo(dtype).min / 2, dtype=dtype)
+    above = torch.nextafter(edge.float(), torch.zeros(())) if dtype == torch.float32 else edge * 0.99
+    query, key, value, ranges, ts = (x.detach() for x in call())
+    everything = multimax_attention(query, key, value, ranges, ts)
+    for entry, expected in ((edge, torch.zeros_like(everything)), (above.to(dtype), everything)):
+        mask = torch.full((5, 5), entry.item(), dtype=dtype)
+        out = multimax_attention(query, key, value, ranges, ts, attn_mask=mask)
+        if entry is edge:
+            assert torch.equal(out, expected)
+        else:  # so far below that all scores round to it: the mean of the values
+            assert out.abs().amax() > 0
+
+
+@pytest.mark.parametrize("name", ["ranges", "ts"])
+def test_a_parameter_that_is_no_number_shows(chosen, name):
+    query, key, value, ranges, ts = (x.detach() for x in call(per_head=False))
+    tensors = {"ranges": ranges, "ts": ts}
+    tensors[name][1] = float("nan")
+    assert multimax_attention(query, key, value, **tensors).isnan().all()
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_peaked_rows_have_exact_scalar_gradients(rows, sink):
+    worst = {"plain": [], "native": [], "tiled": []}
+    for seed in range(12):
+        torch.manual_seed(seed)
+        tensors = [torch.randn(2, 2, n, 64) for n in (rows, 129, 129)] + [torch.randn(4), torch.rand(4)]
+        tensors[0] *= 20.0
+        tensors = [x.requires_grad_() for x in tensors]
+        sinks, grad = (torch.full((2,), 5.0) if sink else None), torch.randn(2, 2, rows, 64)
+
+        def scalars(function, dtype=torch.float32, tensors=tensors, sinks=sinks, grad=grad):
+            given = [x.detach().to(dtype).requires_grad_() for x in tensors]
+            out = function(*given, sinks=sinks if sinks is None else sinks.to(dtype))
+            return torch.cat(torch.autograd.grad(out, given[3:], grad.to(dtype)))
+
+        exact = scalars(reference, torch.float64)
+        found = {"plain": reference, "native": native.attention, "tiled": tiled.attention}
+        for name, function in found.items():
+            if name != "native" or native.available():
+                worst[name].append(relative_error(scalars(function), exact))
+    plain = statistics.geometric_mean(x + 1e-6 for x in worst.pop("plain"))
+    for name, errors in worst.items():
+        assert statistics.geometric_mean(x + 1e-6 for x in errors or [0.0]) <= 2 * plain, name

@@ -34,7 +34,7 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kMasked = -1.7014118e38f;  // half of the lowest float: scores at or below it are masked entries
+constexpr float kMasked = -0x1.fffffep126f;  // half of the lowest float: scores at or below it are masked entries
 constexpr int kMaxOrder = 16;
 
 // Matrix products read their right factor from panels of kPanel columns, k rows each, zero-padded, so that a panel is
@@ -476,6 +476,9 @@ struct Modulator {
     const float* r = g.ranges + head * g.parameter_stride;
     const float* t = g.ts + head * g.parameter_stride;
     for (int n = 0; n < order; ++n) b[n] = r[2 * n], d[n] = r[2 * n + 1], tb[n] = t[2 * n], td[n] = t[2 * n + 1];
+    for (int n = 0; n < order; ++n) {
+      if (b[n] != b[n] || d[n] != d[n]) tb[n] = std::numeric_limits<float>::quiet_NaN();  // which relu would swallow
+    }
     scale = affine ? g.affine[head * g.affine_stride] : 1.0f;
     shift = affine ? g.affine[head * g.affine_stride + 1] : 0.0f;
   }
@@ -579,7 +582,7 @@ void mask_row(const Arguments& g, int64_t b, int64_t h, int64_t i, int64_t key, 
     }
     return;
   }
-  const float lowest = g.mask.type == kHalf ? -32752.0f : kMasked;
+  const float lowest = g.mask.type == kHalf ? -32752.0f : g.mask.type == kBFloat16 ? -0x1.fep126f : kMasked;
   read(from, g.mask.type, stride, n, to);
   for (int64_t j = 0; j < n; ++j) to[j] = to[j] <= lowest ? -kInfinity : to[j];
 }
@@ -766,7 +769,7 @@ void forward_block(const Arguments& g, int64_t b, int64_t h, int64_t row, int64_
   all = {std::max(all.low, own.low), std::min(all.high, own.high)};
   for (int64_t key = all.low; key < all.high; key += kKeysForward) {
     const int64_t keys = std::min(kKeysForward, all.high - key);
-    if (rows == 1) {
+    if (rows == 1 && !g.peak) {  // not where a backward follows, whose products have other bits
       dot_rows(q.data, rows_of(g.k, b, kv, key, keys, dim, plain), keys, dim, float(g.scale), scores);
       forward_row<ORDER>(g, m, buffers, b, h, row, key, keys, scores, run.top[0], run.total[0], run.peak[0],
                          run.acc);
@@ -796,7 +799,8 @@ void forward_block(const Arguments& g, int64_t b, int64_t h, int64_t row, int64_
     const float inverse = run.total[i] == 0.0f ? 0.0f : 1.0f / run.total[i];
     float* a = run.acc + i * value_dim;
     for (int64_t d = 0; d < value_dim; ++d) a[d] *= inverse;
-    if (g.top) g.top[line + i] = run.top[i], g.total[line + i] = run.total[i], g.peak[line + i] = run.peak[i];
+    if (g.top) g.top[line + i] = run.top[i], g.total[line + i] = run.total[i];
+    if (g.peak) g.peak[line + i] = run.peak[i];
     if (g.out32) std::memcpy(g.out32 + (line + i) * value_dim, a, value_dim * sizeof(float));
     if (g.splits == 1) write(a, value_dim, g.out.type, const_cast<char*>(at(g.out, b, h, row + i, 0)));
   }
@@ -824,8 +828,8 @@ struct BackwardBuffers {
 
 // Gradients g of a row's scores sum to zero, but only up to the rounding of delta. In a row with one weight near 1 that
 // rest would swamp them once multiplied by the large terms of the scalars' sums, so it is taken out: the terms' values
-// at the row's peak, times the sum of g, are subtracted. In exact arithmetic that subtracts nothing. (Not so with a
-// sink, which takes part of the sum; there, rows are not that peaked.)
+// at the row's peak, times the sum of g, are subtracted. In exact arithmetic that subtracts nothing, the gradient
+// of a sink being part of the sum.
 template <int ORDER>
 void centre(const Modulator& m, vf rest, float peak, ScalarSums<ORDER>& sums, vf* affine_sums) {
   const vf slope_there = slope<ORDER, true>(m, splat(peak), -rest, sums);
@@ -931,10 +935,13 @@ void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffer
       std::fill(ds + n, ds + n + W, 0.0f);
       if (g.mask.data) mask_row(g, b, h, row + i, first, n, t.row.mask);
       if (g.dropout > 0) dropout_row(g, b * g.heads + h, row + i, first, n, t.row.dropout);
-      const vf rest = backward_row<ORDER, SCALARS>(m, g.mask.data ? t.row.mask : nullptr,
+      vf rest = backward_row<ORDER, SCALARS>(m, g.mask.data ? t.row.mask : nullptr,
                                                    g.dropout > 0 ? t.row.dropout : nullptr, g.top[line + i],
                                                    g.total[line + i], g.delta[line + i], n, s, ds, sums);
-      if (SCALARS && !g.sinks) centre<ORDER>(m, rest, g.peak[line + i], sums, affine_sums);
+      if (SCALARS && g.sinks && first == visible(g, row + i, 1).low) {  // the sink's part of the sum, once in a row
+        rest[0] -= std::exp(g.sinks[h] - g.top[line + i]) / g.total[line + i] * g.delta[line + i];
+      }
+      if (SCALARS) centre<ORDER>(m, rest, g.peak[line + i], sums, affine_sums);
       unprepare_row(g, m, t.row, b, h, row + i, first, n, ds, affine_sums);
     }
     fill_outside(t.p + i * width, in, keys);

@@ -201,6 +201,8 @@ def _run_forward(call: Call, out: Tensor, out32: Tensor | None, stats: Tensor | 
         partial_stats = out.new_empty((3, splits, *out.shape[:3]), dtype=torch.float32)
         call.pointers(out32=partial)
         call.statistics(partial_stats)
+        if stats is None:
+            call.set(peak=0)
         call.run("forward")
         merged, merged_stats = _merge_splits(partial, partial_stats)
         out.copy_(merged)

@@ -80,16 +80,17 @@ class MultiMaxRows:
 
     def _softmax(self, x: Tensor, tile: Tile, may_be_empty: bool) -> Tensor:
         empty = x.amax(-1, keepdim=True) == MINUS_INFINITY if may_be_empty else None
+        kept = None
         if self.sinks is not None:
-            self._sink_share = torch.sigmoid(_of(self.sinks, tile) - x.logsumexp(-1, keepdim=True))
+            logit = _of(self.sinks, tile) - x.logsumexp(-1, keepdim=True)
             if empty is not None:  # nothing is shared in an empty row, of which also a sink of -inf would make NaN
-                self._sink_share = self._sink_share.masked_fill(empty, 0.0)
+                logit.masked_fill_(empty, MINUS_INFINITY)
+            # the rest apart, as 1 - share has no digits where the sink takes nearly everything
+            self._sink_share, kept = torch.sigmoid(logit), torch.sigmoid(-logit)
         torch.softmax(x, -1, out=x)
         if empty is not None and empty.any():
             x.masked_fill_(empty, 0.0)
-        if self._sink_share is not None:
-            x.mul_(1.0 - self._sink_share)
-        return x
+        return x if kept is None else x.mul_(kept)
 
     def backward(
         self, problem: Problem, tile: Tile, scores: Scores, probabilities: Tensor, grad: Tensor
