@@ -2,8 +2,8 @@
 //
 // The scores of a block live in a thread's scratch only. The forward keeps a running maximum and sum per row and saves
 // both; the backward recomputes the scores with keys outside, so that dk and dv have one owner. All
-// arithmetic is float32; storage may be bfloat16 or float16. Nothing depends on the number of threads except the order
-// in which partial sums of the key splits are added, and the caller fixes the number of those.
+// arithmetic is float32; storage may be bfloat16 or float16. The number of threads may change a result's last digit:
+// it sets the blocks of rows, and how many splits of the keys are added up.
 
 #include <algorithm>
 #include <cmath>
