@@ -11,7 +11,7 @@ from transformers.utils import output_capturing
 
 from hf_multimax.backends import choose_kernel, current_backend, tiles_are_slower
 from hf_multimax.functional import Affine, compute_dtype, masked_softmax, modulate
-from hf_multimax.kernels import tiled
+from hf_multimax.kernels import differentiated_by_functions, tiled
 from hf_multimax.modulator import MultiMax, Normalizer, active_normalizer, on_its_device
 
 __all__ = ["IMPLEMENTATION", "attention_forward", "multimax_attention"]
@@ -210,6 +210,7 @@ def _in_tiles(q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor | None, w
     """Whether a normalizer other than MultiMax runs in tiles, which bound the memory."""
     # a finite additive mask would have to come between the normalizer's two steps
     possible = not weights_wanted and sinks is None and (mask is None or mask.dtype == torch.bool)
+    possible = possible and not differentiated_by_functions()
     if current_backend() == "tiled":
         return possible
     return possible and current_backend() == "auto" and not tiles_are_slower(q, k)
@@ -280,8 +281,8 @@ def _split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         raise TypeError(
             f"an attention mask must be boolean (True = keep) or floating point (additive), got {mask.dtype}"
         )
-    keep = mask > torch.finfo(mask.dtype).min / 2
-    return keep, mask.masked_fill(~keep, 0.0)
+    masked = mask <= torch.finfo(mask.dtype).min / 2  # false for NaN, which is not to vanish
+    return ~masked, mask.masked_fill(masked, 0.0)
 
 
 def _with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hf_multimax.kernels import native, tiled, triton_attention
+from hf_multimax.kernels import differentiated_by_functions, native, tiled, triton_attention
 
 __all__ = ["NAMES", "backend", "choose_kernel", "current_backend"]
 
@@ -26,9 +26,9 @@ def backend(name: str) -> Iterator[None]:
 
     ``"auto"`` (the default) is the fastest that supports each call: ``"triton"`` on CUDA, ``"native"`` (C++, compiled
     at first use) on a CPU, ``"tiled"`` (PyTorch, memory linear in the length) elsewhere, and ``"eager"`` (the whole
-    score matrix) for small calls and where attention weights are returned. Any other choice is used as it is, and
-    raises ValueError for a call that it does not support. With gradient checkpointing, keep the block around the
-    backward pass too.
+    score matrix) for small calls, where attention weights are returned and where ``torch.func`` differentiates. Any
+    other choice is used as it is, and raises ValueError for a call that it does not support. With gradient
+    checkpointing, keep the block around the backward pass too.
 
     Raises:
         ValueError: for an unknown name.
@@ -64,24 +64,31 @@ def choose_kernel(
         raise ValueError(f"q is on {q.device}, but ranges and ts are on {ranges.device}: move them there")
     if _backend == "eager":
         return None
+    unusual = _beyond_kernels(weights)
     if _backend != "auto":
         kernel = _KERNELS[_backend]
-        if weights or torch.autograd.forward_ad._current_level >= 0:
-            missing = "returning attention weights" if weights else "forward derivatives"
-        else:
-            missing = kernel.unsupported(q, k, v, ranges, ts, **features)
+        missing = unusual or kernel.unsupported(q, k, v, ranges, ts, **features)
         if missing:
             raise ValueError(
                 f"backend({_backend!r}) does not support {missing}: use backend('auto') or backend('eager')"
             )
         return kernel
-    if weights or torch.autograd.forward_ad._current_level >= 0:
-        return None  # the kernels have no forward derivative
+    if unusual:
+        return None
     kernel = _PREFERRED.get(q.device.type)
     runs_here = kernel is not None and (kernel is not native or _native_is_available())
     if runs_here and kernel.unsupported(q, k, v, ranges, ts, **features) is None:
         return kernel
     return None if tiles_are_slower(q, k) else tiled
+
+
+def _beyond_kernels(weights: bool) -> str | None:
+    """What a call asks for that only eager attention has."""
+    if weights:
+        return "returning attention weights"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward derivatives"
+    return "the derivatives of torch.func" if differentiated_by_functions() else None
 
 
 def tiles_are_slower(q: Tensor, k: Tensor) -> bool:

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from hf_multimax.discovery import code_names
 from hf_multimax.functional import compute_dtype
 from hf_multimax.fused_output import FusedLoss, captured_input, fused_loss
+from hf_multimax.kernels import differentiated_by_functions
 from hf_multimax.modulator import on_its_device
 
 __all__ = ["check_output_supported", "modulated_forward"]
@@ -100,7 +101,7 @@ def _named_arguments(
 def _fused_loss(model: PreTrainedModel, stock_class: type[PreTrainedModel]) -> FusedLoss | None:
     """The fused loss, in training and where nothing speaks against it."""
     training = model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if not (training and model.fused_output_loss) or model._output_is_fusible is False:
+    if not (training and model.fused_output_loss) or model._output_is_fusible is False or differentiated_by_functions():
         return None
     return fused_loss(model, stock_class)
 

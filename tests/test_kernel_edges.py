@@ -8,7 +8,13 @@ from attention_cases import reference
 from models import make
 from torch.autograd import forward_ad
 
-from hf_multimax import backend, multimax_attention, multimax_parameters, patch_model
+from hf_multimax import (
+    backend,
+    multimax_attention,
+    multimax_linear_cross_entropy,
+    multimax_parameters,
+    patch_model,
+)
 from hf_multimax.kernels import native, native_build, tiled
 from tests.tolerances import relative_error
 
@@ -81,6 +87,81 @@ def test_a_chosen_kernel_refuses_forward_derivatives(chosen):
         dual = forward_ad.make_dual(query, torch.ones_like(query))
         with pytest.raises(ValueError, match="does not support forward derivatives"):
             multimax_attention(dual, *rest)
+
+
+@pytest.mark.parametrize("chosen", ["tiled", "native"], indirect=True)
+def test_a_chosen_kernel_refuses_the_derivatives_of_torch_func(chosen):
+    query, *rest = (tensor.detach() for tensor in call())
+    with pytest.raises(ValueError, match=r"does not support the derivatives of torch\.func"):
+        torch.func.grad(lambda x: multimax_attention(x, *rest).sum())(query)
+    each = torch.func.vmap(lambda x: multimax_attention(x[None], *rest)[0])(torch.cat((query, 2 * query)))
+    torch.testing.assert_close(each[1:], multimax_attention(2 * query, *rest))
+
+
+@pytest.mark.parametrize("normalizer", ["multimax", "scalable_softmax"])
+def test_gradients_of_each_example_by_torch_func(normalizer, monkeypatch):
+    """Of attention and of the output layer, where the usual gradients come from kernels."""
+    monkeypatch.setattr("hf_multimax.backends.SMALL", 0)
+    model = patch_model(make("GPT2LMHeadModel"), normalizer=normalizer, output=normalizer == "multimax").train()
+    with torch.no_grad():
+        for parameter in multimax_parameters(model).values():
+            parameter.add_(0.1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ids = torch.arange(2 * 30).view(2, 30) % 7
+    weights = {name: x.detach() for name, x in model.named_parameters()}
+
+    def loss(weights, example):
+        return torch.func.functional_call(
+            model, weights, (), {"input_ids": example[None], "labels": example[None]}
+        ).loss
+
+    for _ in range(2):  # the first call with labels also checks the loss
+        found = torch.func.grad(loss)(weights, ids[0])
+    each = [found, torch.func.grad(loss)(weights, ids[1])]
+    for example, grads in zip(ids, each):
+        model.zero_grad()
+        model(input_ids=example[None], labels=example[None]).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_fused_loss_names_torch_func():
+    hidden, weight, labels = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
+    with pytest.raises(RuntimeError, match=r"no derivative for torch\.func"):
+        torch.func.grad(lambda x: multimax_linear_cross_entropy(x, weight, labels, None, None))(hidden)
+
+
+def test_values_of_no_width(chosen):
+    query, key, _, *scalars = call(rows=40, keys=40)
+    value = torch.randn(1, 2, 40, 0, requires_grad=True)
+    out = multimax_attention(query, key, value, *scalars)
+    assert out.shape == (1, 2, 40, 0)
+    grads = torch.autograd.grad(out.sum(), (query, key, value, *scalars))
+    assert all(not grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("name", ["tiled", "native"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_beyond_any_sequence(name, causal):
+    kernel = {"tiled": tiled, "native": native}[name]
+    if name == "native" and not native.available():
+        pytest.skip("no native kernels here")
+    tensors = call(rows=40, keys=70)
+    expected = kernel.attention(*tensors, causal=causal)
+    assert torch.equal(kernel.attention(*tensors, causal=causal, window=2**63 - 1), expected)
+
+
+def test_a_hidden_entry_of_the_mask_that_is_no_number_stays_hidden(chosen):
+    tensors = call(rows=40, keys=40)
+    mask = torch.zeros(40, 40)
+    expected = multimax_attention(*tensors, attn_mask=mask, is_causal=True)
+    mask[3, 20] = float("nan")  # the future of row 3
+    assert torch.equal(multimax_attention(*tensors, attn_mask=mask, is_causal=True), expected)
+    mask[30, 20] = float("nan")
+    out = multimax_attention(*tensors, attn_mask=mask, is_causal=True)
+    assert out[:, :, 30].isnan().all() and out.isnan().any(-1).sum() == 2  # one row of each of two heads
 
 
 def test_without_a_home_folder_a_temporary_one_is_taken(monkeypatch, tmp_path):

@@ -4,6 +4,17 @@ Every attention backend is one function with the arguments of ``tiled.attention`
 """
 
 import torch
+from torch._C import _functorch
+
+
+def differentiated_by_functions() -> bool:
+    """Whether ``torch.func`` differentiates here, which custom operators have no derivative for (``vmap`` needs none).
+
+    Compiled code answers no: what is traced there is differentiated as usual.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return any(level.key() != _functorch.TransformType.Vmap for level in _functorch.get_interpreter_stack() or ())
 
 
 def refuse_second_derivative(backend: str) -> None:

@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor
 
-__all__ = ["Affine", "check_arguments", "dropout_seed"]
+__all__ = ["LARGEST_WINDOW", "Affine", "check_arguments", "dropout_seed"]
 
 Affine = tuple[Tensor, Tensor]
+
+#: no sequence is as long; sums with a position stay within 32 bits
+LARGEST_WINDOW = 1 << 30
 
 
 def check_arguments(

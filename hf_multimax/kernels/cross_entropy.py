@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import differentiated_by_functions
 from .cross_entropy_arguments import Affine, check_modulator, check_options, check_tensors, matmul_dtype
 from .cross_entropy_chunks import solve
 from .cross_entropy_problem import SOURCES, Problem, kept_dtype
@@ -67,7 +68,13 @@ def multimax_linear_cross_entropy(
         ValueError: for shapes that do not fit, labels out of range (on a CPU; a device assertion elsewhere), an unknown
             reduction, only one of ``ranges`` and ``ts``, ``affine`` without them, numbers out of their range.
         TypeError: for arguments of the wrong type.
+        RuntimeError: where ``torch.func`` differentiates it.
     """
+    if differentiated_by_functions():
+        raise RuntimeError(
+            "multimax_linear_cross_entropy has no derivative for torch.func: use torch.autograd, or cross_entropy of "
+            "hf_multimax.modulate(logits, ranges, ts)"
+        )
     check_tensors(hidden, weight, labels, bias)
     check_modulator(ranges, ts, affine)
     check_options(ignore_index, label_smoothing, reduction, num_items_in_batch, softcap, chunk_size)

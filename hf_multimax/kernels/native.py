@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import refuse_second_derivative
-from .arguments import Affine, check_arguments, dropout_seed
+from .arguments import LARGEST_WINDOW, Affine, check_arguments, dropout_seed
 from .native_build import load
 from .native_call import TYPES, Call, dense_rows
 from .operators import DIFFERENTIABLE, LIBRARY, define_operator, fake_gradients, fitted
@@ -56,7 +56,7 @@ def attention(
     affine_scale, affine_shift = affine or (None, None)
     tensors = (q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    window, softcap = -1 if window is None else window, 0.0 if softcap is None else softcap
+    window, softcap = -1 if window is None else min(window, LARGEST_WINDOW), 0.0 if softcap is None else softcap
     seed = dropout_seed(dropout_p)
     arguments = (*tensors, seed, dropout_p, causal, window, scale, softcap)
     unseen = _unseen(q)

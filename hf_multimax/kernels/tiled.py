@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import refuse_second_derivative
-from .arguments import Affine, check_arguments, dropout_seed
+from .arguments import LARGEST_WINDOW, Affine, check_arguments, dropout_seed
 from .operators import DIFFERENTIABLE, LIBRARY, define_operator, fake_gradients, fitted
 from .tile_passes import run_backward, run_forward
 from .tile_rows import AutogradRows, MultiMaxRows, RowFunction
@@ -119,7 +119,8 @@ def _options(
 ) -> tuple[float, bool, int, float, float]:
     """The plain numbers of a call: (dropout_p, causal, window or -1, scale, softcap or 0)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return dropout_p, causal, -1 if window is None else window, scale, 0.0 if softcap is None else softcap
+    window = -1 if window is None else min(window, LARGEST_WINDOW)
+    return dropout_p, causal, window, scale, 0.0 if softcap is None else softcap
 
 
 def _attention_forward(

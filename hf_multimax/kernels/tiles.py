@@ -102,7 +102,7 @@ class Scores:
     keep: Tensor | None  # the mask: boolean, broadcastable to values
     band: tuple[slice, Tensor] | None  # some columns, and which of them causality and the window leave to each row
     added: Tensor | None  # an additive mask's values, 0 where it masks
-    irregular: bool  # whether values may be infinite, NaN, or so large that the modulation overflows
+    irregular: bool  # whether values may be infinite, NaN, or so large that the modulation overflows, or added NaN
 
     @property
     def all_kept(self) -> Tensor | None:
@@ -153,6 +153,7 @@ class Problem:
         # where the inputs alone bound the scores, no tile need be asked
         bound = _magnitude(q) * _magnitude(self.k) * q.shape[3] * abs(options.scale)
         self._regular = bound + (0.0 if bias is None else _magnitude(bias)) < REGULAR
+        self._nan_mask = mask is not None and mask.is_floating_point() and math.isnan(_magnitude(mask))
 
     def buffer(self, name: str, tile: Tile) -> Tensor:
         """A reused contiguous ``[batch, heads, rows, keys]`` buffer for the tile."""
@@ -167,7 +168,9 @@ class Problem:
     def queries(self, x: Tensor, tile: Tile) -> Tensor:
         """The tile's rows of a ``[B, H, Nq, *]`` tensor as ``[batch * kv_heads, group * rows, *]``."""
         part = x[tile.batch, tile.heads, tile.rows].to(self.dtype)
-        return part.reshape(-1, part.shape[1] // length(tile.kv_heads) * part.shape[2], part.shape[3])
+        batch, heads, rows, width = part.shape
+        kv_heads = length(tile.kv_heads)
+        return part.reshape(batch * kv_heads, heads // kv_heads * rows, width)
 
     def keys(self, x: Tensor, tile: Tile) -> Tensor:
         """The tile's keys of a contiguous ``[B, Hkv, Nk, *]`` tensor as ``[batch * kv_heads, keys, *]``."""
@@ -190,7 +193,8 @@ class Problem:
         if self.bias is not None:
             values.add_(_part(self.bias, tile))
         keep, added = self._mask(tile)
-        return Scores(values, capped, keep, self._band(tile), added, not self._regular and _is_irregular(values))
+        irregular = self._nan_mask or (not self._regular and _is_irregular(values))
+        return Scores(values, capped, keep, self._band(tile), added, irregular)
 
     def _mask(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
         if self.mask is None:

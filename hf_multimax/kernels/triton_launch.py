@@ -129,7 +129,8 @@ class Problem:
             "threshold": min(int(self.dropout_p * 2**32) - 2**31, 2**31 - 1),
             "scale": self.scale,
             "softcap": self.softcap,
-            "window": self.window,
+            # one that hides nothing costs nothing
+            "window": None if self.window is None or self.window >= n_rows + n_cols else self.window,
             "ORDER": self.order,
             "MASK_MIN": None if mask is None or boolean else torch.finfo(mask.dtype).min / 2,
             "MASK_BY_ROW": mask is not None and mask.stride(2) != 0,
