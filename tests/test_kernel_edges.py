@@ -153,6 +153,13 @@ def test_a_window_beyond_any_sequence(name, causal):
     assert torch.equal(kernel.attention(*tensors, causal=causal, window=2**63 - 1), expected)
 
 
+def test_tensors_kept_as_their_negatives(chosen):
+    """As the imaginary part of a conjugate is."""
+    query, key, value, *scalars = (x.detach() for x in call())
+    negated = (torch._neg_view(-x) for x in (query, key, value))
+    torch.testing.assert_close(multimax_attention(*negated, *scalars), multimax_attention(query, key, value, *scalars))
+
+
 def test_a_hidden_entry_of_the_mask_that_is_no_number_stays_hidden(chosen):
     tensors = call(rows=40, keys=40)
     mask = torch.zeros(40, 40)

@@ -59,20 +59,26 @@ def attention(
     window, softcap = -1 if window is None else min(window, LARGEST_WINDOW), 0.0 if softcap is None else softcap
     seed = dropout_seed(dropout_p)
     arguments = (*tensors, seed, dropout_p, causal, window, scale, softcap)
-    unseen = _unseen(q)
+    unseen = _unseen(q, k, v)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _Attention.apply(*arguments) if unseen else _training_op(*arguments)[0]
     return _inference(*arguments) if unseen else _inference_op(*arguments)
 
 
-def _unseen(q: Tensor) -> bool:
-    """Whether nothing traces, transforms or intercepts operators, so that dispatching them would be time lost."""
+def _unseen(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether nothing traces, transforms or intercepts operators, so that dispatching them would be time lost.
+
+    Dispatching also writes out tensors that are kept as their negatives.
+    """
     return not (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or type(q) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
+        or q.is_neg()
+        or k.is_neg()
+        or v.is_neg()
     )
 
 
