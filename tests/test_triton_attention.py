@@ -1,5 +1,5 @@
 """The Triton backend. Without a GPU its kernels run in Triton's interpreter, in a process of their own, on small
-inputs, and are compiled for sm_90, where the chosen tiles must not spill registers.
+inputs, and are compiled for sm_90, where the chosen tiles must not spill registers in a loop.
 
 ``TRITON_INTERPRET=1 pytest -o python_classes=Interpreted tests/test_triton_attention.py::Interpreted`` runs the first
 part directly.
@@ -120,6 +120,27 @@ class Interpreted:
                     errors.setdefault(name, ([], []))[i].append(relative_error(found, exact[name]))
         for name, both in errors.items():
             assert_draws_no_worse(*both, f"{case.name}: {name}")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_thresholds_beyond_any_score_cost_half_precision_no_digits(self, dtype):
+        """Terms that never act, and terms that always act and then leave only a slope."""
+        q, k, v = (torch.randn(1, 1, 33, 16).to(dtype) for _ in range(3))
+        ranges, ts = torch.tensor([-1e6, 1e30, -1e3, 1e3]), torch.tensor([0.5, 0.5, 0.5, 0.5])
+        expected = reference(q.double(), k.double(), v.double(), ranges.double(), ts.double())
+        assert relative_error(attention(q, k, v, ranges, ts), expected) < 4 * RELATIVE[dtype]
+        ranges[:2] = -ranges[:2]
+        twice = reference(
+            q.double(), k.double(), v.double(), torch.zeros(2), torch.zeros(2), scale=0.25 * (1 - 0.5 + 0.5)
+        )
+        assert relative_error(attention(q, k, v, ranges, ts), twice) < 4 * RELATIVE[dtype]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("name", ["ranges", "ts"])
+    def test_a_parameter_that_is_no_number_shows(self, name, dtype):
+        q, k, v = torch.randn(3, 1, 1, 17, 16).to(dtype)
+        parameters = {"ranges": torch.randn(4), "ts": torch.rand(4)}
+        parameters[name][1] = float("nan")
+        assert attention(q, k, v, **parameters).isnan().all()
 
     def test_repeats_bit_by_bit(self):
         tensors, options = Case("", (1, 2, 1, 33, 40), bias=(1, 2, 33, 40), options=CAUSAL).build()
@@ -271,9 +292,11 @@ def test_in_the_interpreter():
 
 
 def compile_for_hopper(width: int, dtype: str, features: str) -> None:
-    """Compile what a call would launch and print each kernel's name, registers and bytes spilled."""
+    """Compile what a call would launch and print of each kernel its name, the instructions of its first loop per score,
+    and the accesses to spilled registers in all its loops.
+    """
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -292,9 +315,13 @@ def compile_for_hopper(width: int, dtype: str, features: str) -> None:
     driver.set_active(Hopper())
     kernels = []
     launch = JITFunction.run
-    JITFunction.run = lambda self, *a, grid, warmup, **kw: kernels.append(
-        (self.__name__, launch(self, *a, grid=grid, warmup=True, **kw))
-    )
+
+    def compile_only(self, *arguments, grid, warmup, **keywords):
+        compiled = launch(self, *arguments, grid=grid, warmup=True, **keywords)
+        threads = 32 * keywords.get("num_warps", 4)
+        kernels.append((self.__name__, keywords.get("BLOCK_M", 1) * keywords.get("BLOCK_N", 1) / threads, compiled))
+
+    JITFunction.run = compile_only
     from hf_multimax.kernels import triton_launch
 
     problem = _problem(triton_launch.Problem, width, getattr(torch, dtype), features)
@@ -305,14 +332,23 @@ def compile_for_hopper(width: int, dtype: str, features: str) -> None:
     if features != "decode":
         needs = [True] * 5 + [problem.affine_scale is not None] * 2 + [False, problem.bias is not None]
         triton_launch.backward(problem, out, out, residual, norms, needs)
-    for name, kernel in kernels:
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(kernel.asm["ptx"])
+    for name, scores, kernel in kernels:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
             file.flush()
-            target = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1]
-            ptxas = [get_ptxas(90).path, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
-            report = subprocess.run(ptxas, capture_output=True, text=True, check=True).stderr
-        print(name, re.search(r"Used (\d+) registers", report)[1], re.search(r"(\d+) bytes spill stores", report)[1])
+            command = [knobs.nvidia.cuobjdump.path, "--dump-sass", file.name]
+            loops = _loops(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        spilled = sum(instruction.startswith(("LDL", "STL")) for loop in loops for instruction in loop)
+        print(name, round(len(loops[0]) / scores, 1) if loops else 0, spilled)
+
+
+def _loops(sass: str) -> list[list[str]]:
+    """The instructions of the disassembled loops over tiles: between a branch backwards and its target, with exp2."""
+    found = re.findall(r"/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9_.]+)(?: (0x[0-9a-f]+))?", sass)
+    place = {int(address, 16): i for i, (address, _, _) in enumerate(found)}
+    names = [name for _, name, _ in found]
+    ends = [(place.get(int(target, 16), i), i) for i, (_, name, target) in enumerate(found) if name == "BRA" and target]
+    return [names[start : end + 1] for start, end in ends if "MUFU.EX2" in names[start:end]]
 
 
 def _problem(make, width: int, dtype: torch.dtype, features: str):
@@ -379,6 +415,9 @@ def test_compiles_for_sm_90_without_spills(width, dtype, features, tmp_path):
     assert len(kernels) == expected, done.stdout
     if features in ("plain", "causal", "decode") and dtype != "float32":  # the others may spill a little
         assert all(int(spilled) == 0 for _, _, spilled in kernels), done.stdout
+    if features == "plain":  # instructions per score, which bound the speed: no more than were counted, and 5 %
+        counted = {64: (20.5, 29.8, 53.2), 128: (21.5, 32.0, 66.4)}[width]
+        assert all(float(count) <= 1.05 * x for (_, count, _), x in zip(kernels, counted)), done.stdout
 
 
 # --- without Triton and without a GPU ----------------------------------------------------------------------------

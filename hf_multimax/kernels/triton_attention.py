@@ -57,7 +57,8 @@ def attention(
         sinks: ``[H]`` extra logits, not modulated, that join the softmax's denominator only.
 
     Returns:
-        ``[B, H, Nq, Dv]`` in v's type; zeros in rows that attend to nothing.
+        ``[B, H, Nq, Dv]`` in v's type; zeros in rows that attend to nothing. In half precision without a bias, a row
+        with a score that is infinite, as q or k must then be, is NaN.
 
     Raises:
         ValueError: for shapes that do not fit, ``causal`` or ``window`` with Nq > Nk, or what :func:`unsupported`

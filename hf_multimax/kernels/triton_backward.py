@@ -10,8 +10,9 @@ import triton.language as tl
 from hf_multimax.kernels.triton_common import (
     LN2,
     LOG2E,
-    add_vectors,
+    add_sums,
     broadcast_norm,
+    clamp_constant,
     dot,
     dropout_keep,
     head_base,
@@ -26,7 +27,7 @@ from hf_multimax.kernels.triton_common import (
     scalar_moments,
     span,
     store_rows,
-    zero_vectors,
+    zero_sums,
 )
 
 #: a row whose largest modulated score (base 2) is beyond this may have slopes that magnify delta's rounding
@@ -50,8 +51,8 @@ def _store_scalar_gradients(partial, sums, exists, modulator, AFFINE: tl.constex
 
 
 @triton.jit
-def _total(vector, exists):
-    return tl.sum(tl.where(exists, vector, 0.0), 0)
+def _total(sums, exists):
+    return tl.sum(tl.where(exists[:, None], sums, 0.0))
 
 
 @triton.jit
@@ -169,6 +170,7 @@ def dq_kernel(
     lever = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
     height = tl.abs(norm[0])
+    shifted = norm if EXACT else (norm[0] - clamp_constant(modulator),)
     steep = tl.max(tl.where(height < float("inf"), height, 0.0), 0) > STEEP
     for sweep in tl.static_range(SWEEPS):
         if steep | (sweep == 0):
@@ -184,7 +186,7 @@ def dq_kernel(
                         qk = dot(q_tile, tl.trans(k_tile), UPCAST)
                         p, x, y, slope, chain = probabilities(
                             qk,
-                            broadcast_norm(norm, False),
+                            broadcast_norm(shifted, False),
                             (rows[:, None], cols[None, :], n_rows, n_cols),
                             modulator,
                             affine,
@@ -200,8 +202,10 @@ def dq_kernel(
                             MASK_BY_ROW,
                             BIAS_BY_ROW,
                             CAUSAL,
+                            EXACT or bias is not None,
                             phase != 1,
                             phase != 1,
+                            not EXACT,
                         )
                         dp = dot(do_tile, tl.trans(v_tile), UPCAST)
                         if seed is not None:
@@ -319,7 +323,7 @@ def dkdv_kernel(
         head_bias = bias
         if bias is not None:
             head_bias = head_base(bias, s_bias, batch, head, 0, None)
-        sums = zero_vectors(BLOCK_N, SUM, COUNT)
+        sums = zero_sums(BLOCK_N, SUM, COUNT)
         for phase in tl.static_range(3):
             if phase == 1 or window is not None or (phase == 0 and CAUSAL):
                 for m0 in range(bounds[phase], bounds[phase + 1], BLOCK_M):
@@ -352,6 +356,7 @@ def dkdv_kernel(
                         MASK_BY_ROW,
                         BIAS_BY_ROW,
                         CAUSAL,
+                        peaks is not None or bias is not None,
                         phase != 1,
                         False,
                     )
@@ -362,10 +367,10 @@ def dkdv_kernel(
                         used = tl.where(keep, p * keep_scale, 0.0)
                     acc_v += dot(used.to(do_tile.dtype), do_tile, UPCAST)
                     g = p * (dp - row_delta[None, :])
-                    if partial is not None:
-                        sums = add_vectors(sums, scalar_moments(g, x, y, slope, modulator, SUM, AFFINE, ORDER), COUNT)
                     ds = g * slope * chain[1]
                     acc_k += dot(ds.to(q_tile.dtype), q_tile, UPCAST)
+                    if partial is not None:
+                        sums = add_sums(sums, scalar_moments(g, x, y, slope, modulator, SUM, AFFINE, ORDER), COUNT)
         if partial is not None:
             place = (tl.cast(stream, tl.int64) * blocks + pid % blocks) * COUNT
             _store_scalar_gradients(partial + place, sums, cols < n_cols, modulator, AFFINE, ORDER)

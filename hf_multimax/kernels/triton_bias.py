@@ -152,6 +152,7 @@ def bias_kernel(
                         CAUSAL,
                         True,
                         True,
+                        True,
                     )
                     dp = dot(do_tile, tl.trans(v_tile), UPCAST)
                     if seed is not None:

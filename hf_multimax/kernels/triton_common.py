@@ -15,6 +15,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 #: A score at or below this (log2(e) * finfo(float32).min / 2) is a masked entry.
 MASKED = tl.constexpr(-2.4547e38)
+#: Where a term is taken by clamping the score (base 2, 710 in base e), a threshold beyond this counts as this: equal
+#: for all scores that are not as far, and the digits of the others are kept.
+FARTHEST = tl.constexpr(1024.0)
 PHILOX_ROUNDS = tl.constexpr(7)
 
 
@@ -127,10 +130,15 @@ def load_modulator(ranges, ts, ORDER: tl.constexpr):
     t_d = ()
     fold = 1.0
     for n in tl.static_range(ORDER):
-        b = b + (tl.load(ranges + 2 * n).to(tl.float32) * LOG2E,)
-        d = d + (tl.load(ranges + (2 * n + 1)).to(tl.float32) * LOG2E,)
-        t_b = t_b + (tl.load(ts + 2 * n).to(tl.float32) * fold,)
-        t_d = t_d + (tl.load(ts + (2 * n + 1)).to(tl.float32) * fold,)
+        low = tl.load(ranges + 2 * n).to(tl.float32)
+        high = tl.load(ranges + (2 * n + 1)).to(tl.float32)
+        slope_low = tl.load(ts + 2 * n).to(tl.float32)
+        slope_high = tl.load(ts + (2 * n + 1)).to(tl.float32)
+        b = b + (low * LOG2E,)
+        d = d + (high * LOG2E,)
+        # a threshold that is NaN would vanish in a maximum: its slope tells
+        t_b = t_b + (tl.where(low == low, slope_low, low) * fold,)
+        t_d = t_d + (tl.where(high == high, slope_high, high) * fold,)
         fold = fold * LN2
     return b, d, t_b, t_d
 
@@ -155,22 +163,43 @@ def apply_affine(y, affine):
 
 
 @triton.jit
-def modulate(y, modulator, ORDER: tl.constexpr):
-    """sigma in the base-2 domain."""
+def modulate(y, modulator, ORDER: tl.constexpr, CLAMP: tl.constexpr = False):
+    """sigma in the base-2 domain; with CLAMP less :func:`clamp_constant`, for two instructions less.
+
+    CLAMP costs half an ulp of that constant in every score, which is for half precision to bear.
+    """
     b, d, t_b, t_d = modulator
     z = y
-    for n in tl.static_range(ORDER):
+    if CLAMP:
+        z -= t_b[0] * tl.minimum(y, near(b[0]))
+        z += t_d[0] * tl.maximum(y, near(d[0]))
+    for n in tl.static_range(1 if CLAMP else 0, ORDER):
         below = power(tl.maximum(b[n] - y, 0.0), n + 1)
         above = power(tl.maximum(y - d[n], 0.0), n + 1)
-        z += t_b[n] * below + t_d[n] * above
+        z += t_b[n] * below
+        z += t_d[n] * above
     return z
+
+
+@triton.jit
+def clamp_constant(modulator):
+    """What :func:`modulate` leaves out of sigma with CLAMP."""
+    b, d, t_b, t_d = modulator
+    return t_b[0] * near(b[0]) - t_d[0] * near(d[0])
+
+
+@triton.jit
+def near(threshold):
+    """The threshold, at most FARTHEST from zero."""
+    return tl.minimum(tl.maximum(threshold, -FARTHEST), FARTHEST)
 
 
 @triton.jit
 def modulate_slope(y, modulator, ORDER: tl.constexpr):
     """d sigma / d score, the same in either domain."""
     b, d, t_b, t_d = modulator
-    slope = 1.0 - tl.where(y < b[0], t_b[0], 0.0) + tl.where(y > d[0], t_d[0], 0.0)
+    slope = 1.0 - t_b[0] * (y < b[0]).to(tl.float32)
+    slope += t_d[0] * (y > d[0]).to(tl.float32)
     for n in tl.static_range(1, ORDER):
         slope -= (n + 1) * t_b[n] * power(tl.maximum(b[n] - y, 0.0), n)
         slope += (n + 1) * t_d[n] * power(tl.maximum(y - d[n], 0.0), n)
@@ -178,8 +207,18 @@ def modulate_slope(y, modulator, ORDER: tl.constexpr):
 
 
 @triton.jit
+def quarter_sums(x):
+    """Sums [R, 4] of a tile [R, C] over every fourth pair of columns: what each thread of a matrix product holds.
+
+    They need no exchange between threads, which full sums would at every tile.
+    """
+    pairs = tl.reshape(x, (x.shape[0], x.shape[1] // 8, 4, 2))
+    return tl.sum(tl.sum(pairs, 3), 1)
+
+
+@triton.jit
 def modulator_moments(weight, y, modulator, SUM: tl.constexpr, ORDER: tl.constexpr):
-    """Sums along the second dimension that the scalar gradients are made of, a tuple of 4 * ORDER vectors.
+    """Sums that the scalar gradients are made of, a tuple of 4 * ORDER results of :func:`quarter_sums`.
 
     For n = 1..ORDER: sum of weight * r^n for r = max(b_n - y, 0) and for r = max(y - d_n, 0), then the same with
     r^(n-1) restricted to r > 0. They are taken in the type SUM.
@@ -190,13 +229,13 @@ def modulator_moments(weight, y, modulator, SUM: tl.constexpr, ORDER: tl.constex
         below = tl.maximum(b[n] - y, 0.0)
         above = tl.maximum(y - d[n], 0.0)
         if n == 0:
-            weight_b = tl.where(y < b[n], weight, 0.0)
-            weight_d = tl.where(y > d[n], weight, 0.0)
+            weight_b = weight * (y < b[n]).to(tl.float32)
+            weight_d = weight * (y > d[n]).to(tl.float32)
         else:
             weight_b = weight * power(below, n)
             weight_d = weight * power(above, n)
-        out = out + (tl.sum((weight_b * below).to(SUM), 1), tl.sum((weight_d * above).to(SUM), 1))
-        out = out + (tl.sum(weight_b.to(SUM), 1), tl.sum(weight_d.to(SUM), 1))
+        out = out + (quarter_sums((weight_b * below).to(SUM)), quarter_sums((weight_d * above).to(SUM)))
+        out = out + (quarter_sums(weight_b.to(SUM)), quarter_sums(weight_d.to(SUM)))
     return out
 
 
@@ -206,20 +245,21 @@ def scalar_moments(weight, x, y, slope, modulator, SUM: tl.constexpr, AFFINE: tl
     out = modulator_moments(weight, x, modulator, SUM, ORDER)
     if AFFINE:
         weight = weight * slope
-        out = out + (tl.sum((weight * y).to(SUM), 1) * LN2, tl.sum(weight.to(SUM), 1))
+        out = out + (quarter_sums((weight * y).to(SUM)) * LN2, quarter_sums(weight.to(SUM)))
     return out
 
 
 @triton.jit
-def zero_vectors(SIZE: tl.constexpr, TYPE: tl.constexpr, COUNT: tl.constexpr):
+def zero_sums(SIZE: tl.constexpr, TYPE: tl.constexpr, COUNT: tl.constexpr):
+    """As many zeros as :func:`quarter_sums` gives, COUNT times."""
     out = ()
     for _ in tl.static_range(COUNT):
-        out = out + (tl.zeros([SIZE], TYPE),)
+        out = out + (tl.zeros([SIZE, 4], TYPE),)
     return out
 
 
 @triton.jit
-def add_vectors(a, b, COUNT: tl.constexpr):
+def add_sums(a, b, COUNT: tl.constexpr):
     out = ()
     for n in tl.static_range(COUNT):
         out = out + (a[n] + b[n],)
@@ -271,16 +311,18 @@ def mask_scores(
     MASK_MIN: tl.constexpr,
     MASK_BY_ROW: tl.constexpr,
     CAUSAL: tl.constexpr,
+    CHECK: tl.constexpr,
     EDGE: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """Modulated scores ``z`` with minus infinity at every masked entry; NaN stays NaN.
 
-    EDGE: the tile may leave the band of visible keys. TAIL: it may hold keys that do not exist. MASK_MIN: None if the
-    mask is boolean, else the value at or below which an entry of an additive mask masks.
+    CHECK: a score ``y`` may be minus infinity. EDGE: the tile may leave the band of visible keys. TAIL: it may hold
+    keys that do not exist. MASK_MIN: None if the mask is boolean, else the value at or below which an entry of an
+    additive mask masks.
     """
     rows, cols, n_rows, n_cols = where
-    hidden = y <= MASKED
+    hidden = y <= MASKED if CHECK else tl.zeros(z.shape, tl.int1)
     if TAIL:
         hidden = hidden | (cols >= n_cols)
     if EDGE:
@@ -356,8 +398,10 @@ def probabilities(
     MASK_BY_ROW: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr,
     CAUSAL: tl.constexpr,
+    CHECK: tl.constexpr,
     EDGE: tl.constexpr,
     TAIL: tl.constexpr,
+    CLAMP: tl.constexpr = False,
 ):
     """Recompute for the backward pass: (p, x, y, slope, chain), from each row's ``norm`` as :func:`load_norm` gives it.
 
@@ -366,11 +410,10 @@ def probabilities(
     product of query and key (affine scale and soft cap), a pair.
     """
     score, cap_slope = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
-    y = tl.where(score <= MASKED, 0.0, score)
+    y = tl.where(score <= MASKED, 0.0, score) if CHECK else score
     x = apply_affine(y, affine)
-    z = mask_scores(
-        modulate(x, modulator, ORDER), score, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, EDGE, TAIL
-    )
+    z = modulate(x, modulator, ORDER, CLAMP)
+    z = mask_scores(z, score, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, CHECK, EDGE, TAIL)
     z -= norm[0]
     if len(norm) > 1:
         z -= norm[1]

@@ -10,6 +10,7 @@ import triton.language as tl
 from hf_multimax.kernels.triton_common import (
     LOG2E,
     apply_affine,
+    clamp_constant,
     dot,
     dropout_keep,
     head_base,
@@ -97,6 +98,9 @@ def forward_kernel(
         bias = head_base(bias, s_bias, batch, head, 0, None)
     modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)
     affine = load_affine(affine_scale, affine_shift, head, s_head)
+    HALF: tl.constexpr = peaks is None
+    left_out = clamp_constant(modulator) if HALF else 0.0
+    CHECK: tl.constexpr = bias is not None or not HALF
 
     rows = m0 + tl.arange(0, BLOCK_M)
     q_base = head_base(q, s_q, batch, head, first_row, cu_q)
@@ -106,7 +110,7 @@ def forward_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-        peak = tl.full([BLOCK_M], 0.0, tl.float32) + sink
+        peak = tl.full([BLOCK_M], 0.0, tl.float32) + (sink - left_out)
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
 
     bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
@@ -119,9 +123,9 @@ def forward_kernel(
                 qk = dot(q_tile, tl.trans(k_tile), UPCAST)
                 where = (rows[:, None], cols[None, :], n_rows, n_cols)
                 y, _ = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
-                z = modulate(apply_affine(y, affine), modulator, ORDER)
+                z = modulate(apply_affine(y, affine), modulator, ORDER, HALF)
                 z = mask_scores(
-                    z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, phase != 1, phase != 1
+                    z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, CHECK, phase != 1, phase != 1
                 )
                 new_peak = tl.maximum(peak, tl.max(z, 1))
                 # a row that has seen nothing yet: any finite reference avoids inf - inf
@@ -143,7 +147,7 @@ def forward_kernel(
     store_rounded(o_base, m0, n_rows, s_o, acc, residual, BLOCK_M, DV, BLOCK_DV)
     peaks = maybe_head_base(peaks, s_row, batch, head, first_row, cu_q)
     totals = head_base(totals, s_row, batch, head, first_row, cu_q)
-    store_norm(peaks, totals, rows, rows < n_rows, peak, total)
+    store_norm(peaks, totals, rows, rows < n_rows, peak + left_out, total)
 
 
 @triton.jit
@@ -231,7 +235,7 @@ def decode_kernel(
         where = (rows[:, None], cols[None, :], n_rows, n_cols)
         y, _ = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
         z = modulate(apply_affine(y, affine), modulator, ORDER)
-        z = mask_scores(z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, True, True)
+        z = mask_scores(z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, True, True, True)
         new_peak = tl.maximum(peak, tl.max(z, 1))
         reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         p = tl.exp2(z - reference[:, None])
