@@ -122,17 +122,19 @@ class Interpreted:
             assert_draws_no_worse(*both, f"{case.name}: {name}")
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_thresholds_beyond_any_score_cost_half_precision_no_digits(self, dtype):
-        """Terms that never act, and terms that always act and then leave only a slope."""
-        q, k, v = (torch.randn(1, 1, 33, 16).to(dtype) for _ in range(3))
-        ranges, ts = torch.tensor([-1e6, 1e30, -1e3, 1e3]), torch.tensor([0.5, 0.5, 0.5, 0.5])
-        expected = reference(q.double(), k.double(), v.double(), ranges.double(), ts.double())
-        assert relative_error(attention(q, k, v, ranges, ts), expected) < 4 * RELATIVE[dtype]
-        ranges[:2] = -ranges[:2]
-        twice = reference(
-            q.double(), k.double(), v.double(), torch.zeros(2), torch.zeros(2), scale=0.25 * (1 - 0.5 + 0.5)
-        )
-        assert relative_error(attention(q, k, v, ranges, ts), twice) < 4 * RELATIVE[dtype]
+    @pytest.mark.parametrize("rows", [33, 2], ids=["tiles", "decode"])
+    @pytest.mark.parametrize("sinks", [False, True])
+    @pytest.mark.parametrize("ranges", [[-1e6, 1e30, -1e3, 1e3], [1e6, -1e6, -1.0, 1.0]], ids=["never", "always"])
+    def test_thresholds_beyond_any_score_cost_half_precision_no_digits(self, ranges, sinks, rows, dtype):
+        """Terms that never act, and linear ones that always act, which leaves a slope and, for sinks, a constant."""
+        tensors, _ = Case("", (1, 1, 1, rows, 40), sinks=sinks).build(dtype)
+        slope = 1e-6 if sinks else 0.5
+        tensors |= {"ranges": torch.tensor(ranges), "ts": torch.tensor([slope, -2 * slope, 0.5, 0.5])}
+        grad = torch.randn(1, 1, rows, 16).to(dtype)
+        actual = run(attention, tensors, {}, grad)
+        exact = run(reference, {name: x.double() for name, x in tensors.items()}, {}, grad.double())
+        for name in ("out", "q", "k", "v", *(("sinks",) if sinks else ())):
+            assert relative_error(actual[name], exact[name]) < 4 * RELATIVE[dtype], name
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     @pytest.mark.parametrize("name", ["ranges", "ts"])

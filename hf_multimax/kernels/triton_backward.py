@@ -98,6 +98,7 @@ def dq_kernel(
     softcap,
     window,
     ORDER: tl.constexpr,
+    NEAR: tl.constexpr,
     MASK_MIN: tl.constexpr,
     MASK_BY_ROW: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr,
@@ -136,7 +137,7 @@ def dq_kernel(
         mask = head_base(mask, s_mask, batch, head, 0, None)
     if bias is not None:
         bias = head_base(bias, s_bias, batch, head, 0, None)
-    modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)
+    modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
     affine = load_affine(affine_scale, affine_shift, head, s_head)
 
     rows = m0 + tl.arange(0, BLOCK_M)
@@ -170,7 +171,7 @@ def dq_kernel(
     lever = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
     height = tl.abs(norm[0])
-    shifted = norm if EXACT else (norm[0] - clamp_constant(modulator),)
+    shifted = (norm[0] - clamp_constant(modulator),) if NEAR else norm
     steep = tl.max(tl.where(height < float("inf"), height, 0.0), 0) > STEEP
     for sweep in tl.static_range(SWEEPS):
         if steep | (sweep == 0):
@@ -205,7 +206,7 @@ def dq_kernel(
                             EXACT or bias is not None,
                             phase != 1,
                             phase != 1,
-                            not EXACT,
+                            NEAR,
                         )
                         dp = dot(do_tile, tl.trans(v_tile), UPCAST)
                         if seed is not None:
@@ -269,6 +270,7 @@ def dkdv_kernel(
     softcap,
     window,
     ORDER: tl.constexpr,
+    NEAR: tl.constexpr,
     MASK_MIN: tl.constexpr,
     MASK_BY_ROW: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr,
@@ -315,7 +317,7 @@ def dkdv_kernel(
         peak_base = maybe_head_base(peaks, s_row, batch, head, first_row, cu_q)
         total_base = head_base(totals, s_row, batch, head, first_row, cu_q)
         delta_base = head_base(delta, s_row, batch, head, first_row, cu_q)
-        modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)
+        modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
         affine = load_affine(affine_scale, affine_shift, head, s_head)
         head_mask = mask
         if mask is not None:

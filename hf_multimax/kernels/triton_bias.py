@@ -57,6 +57,7 @@ def bias_kernel(
     softcap,
     window,
     ORDER: tl.constexpr,
+    NEAR: tl.constexpr,
     MASK_MIN: tl.constexpr,
     MASK_BY_ROW: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr,
@@ -114,7 +115,7 @@ def bias_kernel(
             peak_base = maybe_head_base(peaks, s_row, batch, head, 0, None)
             total_base = head_base(totals, s_row, batch, head, 0, None)
             delta_base = head_base(delta, s_row, batch, head, 0, None)
-            modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)
+            modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
             affine = load_affine(affine_scale, affine_shift, head, s_head)
             head_bias = head_base(bias, s_bias, batch, head, 0, None)
             head_mask = mask

@@ -15,8 +15,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 #: A score at or below this (log2(e) * finfo(float32).min / 2) is a masked entry.
 MASKED = tl.constexpr(-2.4547e38)
-#: Where a term is taken by clamping the score (base 2, 710 in base e), a threshold beyond this counts as this: equal
-#: for all scores that are not as far, and the digits of the others are kept.
+#: With NEAR, a threshold of a linear term beyond this (base 2; 710 in base e) counts as this: the same for all scores
+#: that are not as far, but for a constant of the row, and their digits are kept.
 FARTHEST = tl.constexpr(1024.0)
 PHILOX_ROUNDS = tl.constexpr(7)
 
@@ -122,8 +122,11 @@ def power(x, N: tl.constexpr):
 
 
 @triton.jit
-def load_modulator(ranges, ts, ORDER: tl.constexpr):
-    """(b, d, t_b, t_d), each a tuple of ORDER float32 values in the base-2 domain; pointers may be tensors."""
+def load_modulator(ranges, ts, ORDER: tl.constexpr, NEAR: tl.constexpr):
+    """(b, d, t_b, t_d), each a tuple of ORDER float32 values in the base-2 domain; pointers may be tensors.
+
+    NEAR: constants of a row may be lost, as softmax does not see them.
+    """
     b = ()
     d = ()
     t_b = ()
@@ -134,8 +137,12 @@ def load_modulator(ranges, ts, ORDER: tl.constexpr):
         high = tl.load(ranges + (2 * n + 1)).to(tl.float32)
         slope_low = tl.load(ts + 2 * n).to(tl.float32)
         slope_high = tl.load(ts + (2 * n + 1)).to(tl.float32)
-        b = b + (low * LOG2E,)
-        d = d + (high * LOG2E,)
+        if NEAR and n == 0:
+            b = b + (tl.minimum(tl.maximum(low * LOG2E, -FARTHEST), FARTHEST),)
+            d = d + (tl.minimum(tl.maximum(high * LOG2E, -FARTHEST), FARTHEST),)
+        else:
+            b = b + (low * LOG2E,)
+            d = d + (high * LOG2E,)
         # a threshold that is NaN would vanish in a maximum: its slope tells
         t_b = t_b + (tl.where(low == low, slope_low, low) * fold,)
         t_d = t_d + (tl.where(high == high, slope_high, high) * fold,)
@@ -166,13 +173,13 @@ def apply_affine(y, affine):
 def modulate(y, modulator, ORDER: tl.constexpr, CLAMP: tl.constexpr = False):
     """sigma in the base-2 domain; with CLAMP less :func:`clamp_constant`, for two instructions less.
 
-    CLAMP costs half an ulp of that constant in every score, which is for half precision to bear.
+    CLAMP costs half an ulp of that constant in every score: it wants NEAR thresholds and half precision.
     """
     b, d, t_b, t_d = modulator
     z = y
     if CLAMP:
-        z -= t_b[0] * tl.minimum(y, near(b[0]))
-        z += t_d[0] * tl.maximum(y, near(d[0]))
+        z -= t_b[0] * tl.minimum(y, b[0])
+        z += t_d[0] * tl.maximum(y, d[0])
     for n in tl.static_range(1 if CLAMP else 0, ORDER):
         below = power(tl.maximum(b[n] - y, 0.0), n + 1)
         above = power(tl.maximum(y - d[n], 0.0), n + 1)
@@ -185,13 +192,7 @@ def modulate(y, modulator, ORDER: tl.constexpr, CLAMP: tl.constexpr = False):
 def clamp_constant(modulator):
     """What :func:`modulate` leaves out of sigma with CLAMP."""
     b, d, t_b, t_d = modulator
-    return t_b[0] * near(b[0]) - t_d[0] * near(d[0])
-
-
-@triton.jit
-def near(threshold):
-    """The threshold, at most FARTHEST from zero."""
-    return tl.minimum(tl.maximum(threshold, -FARTHEST), FARTHEST)
+    return t_b[0] * b[0] - t_d[0] * d[0]
 
 
 @triton.jit

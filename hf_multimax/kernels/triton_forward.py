@@ -66,6 +66,7 @@ def forward_kernel(
     softcap,
     window,
     ORDER: tl.constexpr,
+    NEAR: tl.constexpr,
     MASK_MIN: tl.constexpr,
     MASK_BY_ROW: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr,
@@ -96,11 +97,10 @@ def forward_kernel(
         mask = head_base(mask, s_mask, batch, head, 0, None)
     if bias is not None:
         bias = head_base(bias, s_bias, batch, head, 0, None)
-    modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER)
+    modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
     affine = load_affine(affine_scale, affine_shift, head, s_head)
-    HALF: tl.constexpr = peaks is None
-    left_out = clamp_constant(modulator) if HALF else 0.0
-    CHECK: tl.constexpr = bias is not None or not HALF
+    left_out = clamp_constant(modulator) if NEAR else 0.0
+    CHECK: tl.constexpr = bias is not None or peaks is not None
 
     rows = m0 + tl.arange(0, BLOCK_M)
     q_base = head_base(q, s_q, batch, head, first_row, cu_q)
@@ -110,7 +110,7 @@ def forward_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-        peak = tl.full([BLOCK_M], 0.0, tl.float32) + (sink - left_out)
+        peak = tl.full([BLOCK_M], 0.0, tl.float32) + sink
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
 
     bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
@@ -123,7 +123,7 @@ def forward_kernel(
                 qk = dot(q_tile, tl.trans(k_tile), UPCAST)
                 where = (rows[:, None], cols[None, :], n_rows, n_cols)
                 y, _ = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
-                z = modulate(apply_affine(y, affine), modulator, ORDER, HALF)
+                z = modulate(apply_affine(y, affine), modulator, ORDER, NEAR)
                 z = mask_scores(
                     z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, CHECK, phase != 1, phase != 1
                 )
@@ -182,6 +182,7 @@ def decode_kernel(
     softcap,
     window,
     ORDER: tl.constexpr,
+    NEAR: tl.constexpr,
     MASK_MIN: tl.constexpr,
     MASK_BY_ROW: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr,
@@ -215,7 +216,7 @@ def decode_kernel(
         mask = head_base(mask, s_mask, batch, head[:, None], 0, None)
     if bias is not None:
         bias = head_base(bias, s_bias, batch, head[:, None], 0, None)
-    modulator = load_modulator(ranges + (head * s_head[0])[:, None], ts + (head * s_head[0])[:, None], ORDER)
+    modulator = load_modulator(ranges + (head * s_head[0])[:, None], ts + (head * s_head[0])[:, None], ORDER, NEAR)
     affine = load_affine(affine_scale, affine_shift, head[:, None], s_head)
 
     depth = tl.arange(0, BLOCK_D)

@@ -134,6 +134,8 @@ class Problem:
             # one that hides nothing costs nothing
             "window": None if self.window is None or self.window >= n_rows + n_cols else self.window,
             "ORDER": self.order,
+            # a sink does see what all scores of a row have in common
+            "NEAR": self.q.dtype != torch.float32 and self.sinks is None,
             "MASK_MIN": None if mask is None or boolean else torch.finfo(mask.dtype).min / 2,
             "MASK_BY_ROW": mask is not None and mask.stride(2) != 0,
             "BIAS_BY_ROW": bias is not None and bias.stride(2) != 0,
