@@ -1,5 +1,5 @@
-"""The Triton backend. Without a GPU its kernels run in Triton's interpreter, in a process of their own, on small
-inputs, and are compiled for sm_90, where the chosen tiles must not spill registers in a loop.
+"""The Triton backend. Its kernels run in the interpreter of Triton, in a process of their own, on small inputs, and on
+a GPU where there is one; and they are compiled for sm_90, where the chosen tiles must not spill registers in a loop.
 
 ``TRITON_INTERPRET=1 pytest -o python_classes=Interpreted tests/test_triton_attention.py::Interpreted`` runs the first
 part directly.
@@ -277,6 +277,16 @@ class Interpreted:
         grad = torch.randn(1, 2, 17, 16)
         plain, traced = (run(f, tensors, options, grad) for f in (attention, compiled))
         assert all(torch.equal(plain[name], traced[name]) for name in plain)
+
+
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+class TestOnCuda(Interpreted):
+    """The same tests of the compiled kernels."""
+
+    @pytest.fixture(autouse=True)
+    def _on_the_gpu(self):
+        with torch.device("cuda"):
+            yield
 
 
 @needs_triton
