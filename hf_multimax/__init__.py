@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 from hf_multimax.attention import multimax_attention
-from hf_multimax.backends import backend
+from hf_multimax.backends import backend, current_backend
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.functional import modulate, multimax
 from hf_multimax.kernels.cross_entropy import multimax_linear_cross_entropy
@@ -46,6 +46,7 @@ __all__ = [
     "Normalizer",
     "__version__",
     "backend",
+    "current_backend",
     "freeze_base",
     "is_patched",
     "modulate",

@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from hf_multimax import backend_choice
 from hf_multimax.kernels import differentiated_by_functions, native, tiled, triton_attention
 
 __all__ = ["NAMES", "backend", "choose_kernel", "current_backend"]
@@ -17,35 +18,43 @@ _KERNELS = {"tiled": tiled, "native": native, "triton": triton_attention}
 _PREFERRED = {"cpu": native, "cuda": triton_attention}
 #: Score matrices up to this many elements cost less whole than in tiles.
 SMALL = 1 << 18
-_backend = "auto"
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the implementation of attention inside a ``with`` block, for the whole process.
+    """Choose the implementation of attention inside a ``with`` block, for the thread and the task that enter it.
 
     ``"auto"`` (the default) is the fastest that supports each call: ``"triton"`` on CUDA, ``"native"`` (C++, compiled
     at first use) on a CPU, ``"tiled"`` (PyTorch, memory linear in the length) elsewhere, and ``"eager"`` (the whole
     score matrix) for small calls, where attention weights are returned and where ``torch.func`` differentiates. Any
-    other choice is used as it is, and raises ValueError for a call that it does not support. With gradient
-    checkpointing, keep the block around the backward pass too.
+    other choice is used as it is, and raises ValueError for a call that it does not support.
+
+    The innermost block that is still open decides, in whatever order blocks are left. As with any context variable, an
+    asyncio task goes on with the choice under which it was created, a block in a suspended generator holds for its
+    caller, a forked process begins with the choice of the thread that forked it, and a new thread with ``"auto"``
+    (``contextvars.copy_context().run`` hands the choice on). Compiled code follows the choice at each call.
+
+    With gradient checkpointing keep the block around the backward pass too, which recomputes attention by the choice of
+    the thread that calls it. Otherwise ``use_reentrant=False`` mostly raises CheckpointError, and ``use_reentrant=True``
+    takes another backend, which drops other weights where there is dropout.
 
     Raises:
         ValueError: for an unknown name.
     """
-    global _backend
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(NAMES)}")
-    previous, _backend = _backend, name
+    choice = backend_choice.enter(name)
     try:
         yield
     finally:
-        _backend = previous
+        backend_choice.leave(choice)
 
 
 def current_backend() -> str:
-    """The name that the innermost :func:`backend` block chose."""
-    return _backend
+    """The name that the innermost :func:`backend` block of this thread or task chose, ``"auto"`` outside of any."""
+    if torch.compiler.is_dynamo_compiling() and backend_choice.traced:
+        return backend_choice.traced[-1]
+    return backend_choice.name
 
 
 def choose_kernel(
@@ -62,15 +71,16 @@ def choose_kernel(
     """
     if ranges.device != q.device:
         raise ValueError(f"q is on {q.device}, but ranges and ts are on {ranges.device}: move them there")
-    if _backend == "eager":
+    chosen = current_backend()
+    if chosen == "eager":
         return None
     unusual = _beyond_kernels(weights)
-    if _backend != "auto":
-        kernel = _KERNELS[_backend]
+    if chosen != "auto":
+        kernel = _KERNELS[chosen]
         missing = unusual or kernel.unsupported(q, k, v, ranges, ts, **features)
         if missing:
             raise ValueError(
-                f"backend({_backend!r}) does not support {missing}: use backend('auto') or backend('eager')"
+                f"backend({chosen!r}) does not support {missing}: use backend('auto') or backend('eager')"
             )
         return kernel
     if unusual:

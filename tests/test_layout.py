@@ -20,6 +20,7 @@ ORDER = (
     "registry",
     "normalizers",
     "kernels",
+    "backend_choice",
     "backends",
     "attention",
     "discovery",
