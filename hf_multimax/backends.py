@@ -35,8 +35,8 @@ def backend(name: str) -> Iterator[None]:
     (``contextvars.copy_context().run`` hands the choice on). Compiled code follows the choice at each call.
 
     With gradient checkpointing keep the block around the backward pass too, which recomputes attention by the choice of
-    the thread that calls it. Otherwise ``use_reentrant=False`` mostly raises CheckpointError, and ``use_reentrant=True``
-    takes another backend, which drops other weights where there is dropout.
+    the thread that calls it. Otherwise ``use_reentrant=False`` mostly raises CheckpointError, and
+    ``use_reentrant=True`` takes another backend, which drops other weights where there is dropout.
 
     Raises:
         ValueError: for an unknown name.
@@ -79,9 +79,7 @@ def choose_kernel(
         kernel = _KERNELS[chosen]
         missing = unusual or kernel.unsupported(q, k, v, ranges, ts, **features)
         if missing:
-            raise ValueError(
-                f"backend({chosen!r}) does not support {missing}: use backend('auto') or backend('eager')"
-            )
+            raise ValueError(f"backend({chosen!r}) does not support {missing}: use backend('auto') or backend('eager')")
         return kernel
     if unusual:
         return None
