@@ -4,6 +4,8 @@
 variable, but it reads attributes of modules and guards their values, so that another choice compiles anew.
 """
 
+import ctypes
+import sys
 import threading
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -52,7 +54,11 @@ def leave(choice: Choice | None) -> None:
 
 def _set(choices: tuple[Choice, ...]) -> None:
     _open.set(choices)
-    torch._C._stash_obj_in_tls(_AUTOGRAD_KEY, (threading.get_ident(), choices))
+    theirs = threading.get_ident(), choices
+    references = sys.getrefcount(theirs)
+    torch._C._stash_obj_in_tls(_AUTOGRAD_KEY, theirs)
+    if sys.getrefcount(theirs) == references:  # PyTorch 2.11 gives up a reference later that it has not taken
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(theirs))
 
 
 def __getattr__(attribute: str) -> str:

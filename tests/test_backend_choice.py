@@ -3,15 +3,17 @@
 import asyncio
 import contextlib
 import contextvars
+import gc
 import itertools
 import threading
+import weakref
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from hf_multimax import backend, current_backend, multimax_attention
+from hf_multimax import backend, backend_choice, current_backend, multimax_attention
 from hf_multimax.kernels import native
 
 NAMES = ("eager", "tiled", "native")
@@ -173,6 +175,21 @@ def test_threads_of_autograd_see_the_choice_of_the_thread_that_calls_backward(na
     seen.clear()
     Nested.apply(torch.zeros(1, requires_grad=True), 100, seen).sum().backward()
     assert {choice for _, choice in seen} == {"auto"}
+
+
+def test_what_is_handed_to_autograd_is_released_with_the_thread():
+    made = []
+
+    def work():
+        for name in NAMES:
+            with backend(name):
+                made.append(weakref.ref(backend_choice._open.get()[-1]))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    gc.collect()
+    assert len(made) == len(NAMES) and not any(choice() for choice in made)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
