@@ -11,6 +11,7 @@ PACKAGE = Path(hf_multimax.__file__).parent
 #: Earlier modules know nothing of later ones.
 ORDER = (
     "version",
+    "cache",
     "architectures",
     "remote",
     "config",
@@ -73,7 +74,7 @@ def test_a_module_imports_only_what_comes_before_it(name):
 
 @pytest.mark.parametrize("name", [name for name in modules() if name.startswith("kernels")])
 def test_kernels_stand_alone(name):
-    assert imports(modules()[name]) <= {"kernels"}
+    assert imports(modules()[name]) <= {"kernels", "cache"}
 
 
 def test_recipes_and_benchmarks_use_public_names_only():
