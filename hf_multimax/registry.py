@@ -237,7 +237,7 @@ def rowwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if takes_training:
             options["training"] = training
         scores = x.to(compute_dtype(x.dtype)).movedim(dim, -1)
-        keep = scores != -math.inf
+        keep = ~(scores <= torch.finfo(scores.dtype).min / 2)  # true for NaN, which is not to vanish
         if mask is not None:
             keep = keep & mask.expand(x.shape).movedim(dim, -1)
             scores = torch.where(keep, scores, -math.inf)  # where, not masked_fill, which is slow on a CPU

@@ -1,12 +1,13 @@
 """Whole models of every head class: identical to stock at first, and equal to the definition in float64 later."""
 
 import copy
+import math
 
 import pytest
 import reference
 import torch
 from models import ALL, inputs_for, make
-from tolerances import assert_none_worse, relative_error
+from tolerances import assert_draws_no_worse, mean_error, relative_error
 
 from hf_multimax import backend, multimax_parameters, patch_model
 from hf_multimax.discovery import attention_layers
@@ -55,17 +56,26 @@ def test_a_patched_model_is_the_definition_in_float64(name, options):
     batch = inputs_for(stock)
     plain, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
     model = patch_model(stock, **options)
-    with torch.no_grad():
-        for parameter in multimax_parameters(model).values():
-            parameter.copy_(0.5 * torch.randn_like(parameter))
-    for twin, dtype in ((plain, torch.float32), (exact, torch.float64)):
-        prepare_reference(twin, model, dtype)
-    with backend("eager"):
-        results = run(model, batch)
-    for found, in_float32, in_float64 in zip(results, run(plain, batch), run(exact, batch)):
-        assert_none_worse(found, in_float32, in_float64, name)
-        wrong = {key: relative_error(found[key], in_float64[key]) for key in found}
-        assert max(wrong.values()) < 1e-2, wrong
+    outputs: tuple[list, list] = ([], [])  # the errors of the model, and those of the definition in float32
+    gradients: tuple[list, list] = ([], [])
+    for draw in range(24):
+        with torch.no_grad():
+            for parameter in multimax_parameters(model).values():
+                parameter.copy_(0.5 * torch.randn_like(parameter))
+        for twin, dtype in ((plain, torch.float32), (exact, torch.float64)):
+            prepare_reference(twin, model, dtype)
+        with backend("eager"):
+            results = run(model, batch)
+        for errors, found, like, exactly in zip((outputs, gradients), results, run(plain, batch), run(exact, batch)):
+            wrong = {key: relative_error(found[key], exactly[key]) for key in found}
+            assert max(wrong.values()) < 1e-2, wrong
+            errors[0].append(mean_error(found, exactly))
+            errors[1].append(mean_error(like, exactly))
+        # where a few scores decide, as without scaled products, one draw errs ten times as much as another
+        if draw >= 2 and all(math.prod(a) <= 1.5**draw * math.prod(b) for a, b in (outputs, gradients)):
+            break
+    for errors in (outputs, gradients):
+        assert_draws_no_worse(*errors, name)
 
 
 def prepare_reference(twin, model, dtype):

@@ -36,6 +36,7 @@ typedef uint32_t vu __attribute__((vector_size(4 * W)));
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kMasked = -0x1.fffffep126f;  // half of the lowest float: scores at or below it are masked entries
 constexpr int kMaxOrder = 16;
+constexpr float kLargestPower = 0x1p120f;  // what has a larger one is left out of the slopes' gradients
 
 // Matrix products read their right factor from panels of kPanel columns, k rows each, zero-padded, so that a panel is
 // contiguous in the first cache whatever the layout of the tensor it came from.
@@ -468,7 +469,7 @@ void add_rows(const float* p, Matrix v, int64_t n, int64_t dim, float* out) {
 // One head's parameters; slot n - 1 belongs to order n.
 struct Modulator {
   int order;
-  float b[kMaxOrder], d[kMaxOrder], tb[kMaxOrder], td[kMaxOrder];
+  float b[kMaxOrder], d[kMaxOrder], tb[kMaxOrder], td[kMaxOrder], most[kMaxOrder];
   bool affine;
   float scale, shift;
 
@@ -476,6 +477,7 @@ struct Modulator {
     const float* r = g.ranges + head * g.parameter_stride;
     const float* t = g.ts + head * g.parameter_stride;
     for (int n = 0; n < order; ++n) b[n] = r[2 * n], d[n] = r[2 * n + 1], tb[n] = t[2 * n], td[n] = t[2 * n + 1];
+    for (int n = 0; n < order; ++n) most[n] = std::pow(kLargestPower, 1.0f / (n + 1.0f));
     for (int n = 0; n < order; ++n) {
       if (b[n] != b[n] || d[n] != d[n]) tb[n] = std::numeric_limits<float>::quiet_NaN();  // which relu would swallow
     }
@@ -484,10 +486,10 @@ struct Modulator {
   }
 };
 
-inline vf power(vf x, int n) {
-  vf y = x;
-  for (int i = 1; i < n; ++i) y *= x;
-  return y;
+// t x^n, multiplied from t on: where t is 0 it stays 0, however large the power
+inline vf times_power(vf t, vf x, int n) {
+  for (int i = 0; i < n; ++i) t *= x;
+  return t;
 }
 
 // sigma(x), the same bits in the forward and in the backward: scores may be so large that one unit in the last place
@@ -497,13 +499,15 @@ inline vf modulated(const Modulator& m, vf x) {
   vf out = x;
   const int order = ORDER ? ORDER : m.order;
   for (int n = 0; n < order; ++n) {
-    const vf low = m.tb[n] * power(relu(m.b[n] - x), n + 1);
-    out += fused(splat(m.td[n]), power(relu(x - m.d[n]), n + 1), low);
+    const vf up = relu(m.b[n] - x), wp = relu(x - m.d[n]);
+    const vf low = times_power(splat(m.tb[n]), up, n + 1);
+    out += fused(times_power(splat(m.td[n]), wp, n), wp, low);
   }
   return out;
 }
 
-// Sums over scores s of g(s) times: relu(b - s)^n, relu(s - d)^n and the derivatives of those with respect to b and -d.
+// Sums over scores s of g(s) times: relu(b - s)^n, relu(s - d)^n, and n-th parts of the derivatives of those with respect
+// to b and -d.
 template <int ORDER>
 struct ScalarSums {
   vf tb[ORDER ? ORDER : kMaxOrder], td[ORDER ? ORDER : kMaxOrder], b[ORDER ? ORDER : kMaxOrder],
@@ -517,20 +521,22 @@ inline vf slope(const Modulator& m, vf x, vf g, ScalarSums<ORDER>& sums) {
   const int order = ORDER ? ORDER : m.order;
   for (int n = 0; n < order; ++n) {
     const vf u = m.b[n] - x, w = x - m.d[n], up = relu(u), wp = relu(w);
-    vf du, dw;  // derivatives of relu(u)^(n+1) and relu(w)^(n+1)
+    vf gu, gw;
     if (n == 0) {
-      du = u > 0.0f ? splat(1.0f) : vf{};
-      dw = w > 0.0f ? splat(1.0f) : vf{};
+      const vf du = u > 0.0f ? splat(1.0f) : vf{}, dw = w > 0.0f ? splat(1.0f) : vf{};
+      out += m.td[n] * dw - m.tb[n] * du;
+      gu = g * du, gw = g * dw;
     } else {
-      du = (n + 1.0f) * power(up, n);
-      dw = (n + 1.0f) * power(wp, n);
+      const float factor = n + 1.0f;
+      out += times_power(splat(factor * m.td[n]), wp, n) - times_power(splat(factor * m.tb[n]), up, n);
     }
-    out += m.td[n] * dw - m.tb[n] * du;
     if (SCALARS) {
-      sums.tb[n] += g * power(up, n + 1);
-      sums.td[n] += g * power(wp, n + 1);
-      sums.b[n] += g * du;
-      sums.d[n] += g * dw;
+      const vf near_u = n == 0 || up < m.most[n] ? up : vf{}, near_w = n == 0 || wp < m.most[n] ? wp : vf{};
+      if (n) gu = times_power(g, near_u, n), gw = times_power(g, near_w, n);
+      sums.b[n] += gu;
+      sums.d[n] += gw;
+      sums.tb[n] += gu * near_u;
+      sums.td[n] += gw * near_w;
     }
   }
   return out;
@@ -832,10 +838,10 @@ struct BackwardBuffers {
 // of a sink being part of the sum.
 template <int ORDER>
 void centre(const Modulator& m, vf rest, float peak, ScalarSums<ORDER>& sums, vf* affine_sums) {
-  const vf slope_there = slope<ORDER, true>(m, splat(peak), -rest, sums);
+  const vf there = rest * slope<ORDER, true>(m, splat(peak), -rest, sums);
   if (m.affine && m.scale != 0.0f) {
-    affine_sums[0] -= rest * slope_there * ((peak - m.shift) / m.scale);
-    affine_sums[1] -= rest * slope_there;
+    affine_sums[0] -= there * ((peak - m.shift) / m.scale);
+    affine_sums[1] -= there;
   }
 }
 
@@ -859,8 +865,9 @@ vf backward_row(const Modulator& m, const float* mask, const float* dropout, flo
     }
     vf p = masked ? vf{} : exp_(y - top) * inverse;
     vf drop = dropout ? load(dropout + j) : splat(1.0f);
-    vf g = masked ? vf{} : p * (load(dp + j) * drop - delta);
-    vf safe = masked ? vf{} : x;  // 0 times infinity is NaN
+    const vi nothing = p == 0.0f;  // times infinity would be NaN
+    vf g = nothing ? vf{} : p * (load(dp + j) * drop - delta);
+    vf safe = nothing ? vf{} : x;
     store(s + j, p * drop);
     store(dp + j, g * slope<ORDER, SCALARS>(local, safe, g, sums));
     rest += g;
@@ -897,8 +904,8 @@ template <int ORDER>
 void add_scalars(const Modulator& m, const ScalarSums<ORDER>& sums, const vf* affine_sums, double* to) {
   const int order = m.order;
   for (int n = 0; n < order; ++n) {
-    to[2 * n] += double(m.tb[n]) * sum(sums.b[n]);
-    to[2 * n + 1] -= double(m.td[n]) * sum(sums.d[n]);
+    to[2 * n] += (n + 1) * double(m.tb[n]) * sum(sums.b[n]);
+    to[2 * n + 1] -= (n + 1) * double(m.td[n]) * sum(sums.d[n]);
     to[2 * order + 2 * n] += sum(sums.tb[n]);
     to[2 * order + 2 * n + 1] += sum(sums.td[n]);
   }
