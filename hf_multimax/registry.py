@@ -240,7 +240,7 @@ def rowwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         keep = ~(scores <= torch.finfo(scores.dtype).min / 2)  # true for NaN, which is not to vanish
         if mask is not None:
             keep = keep & mask.expand(x.shape).movedim(dim, -1)
-            scores = torch.where(keep, scores, -math.inf)  # where, not masked_fill, which is slow on a CPU
+        scores = torch.where(keep, scores, -math.inf)  # where, not masked_fill, which is slow on a CPU
         peak = scores.detach().amax(-1, keepdim=True)
         usable = peak.isfinite()
         options = {name: _aligned(value, scores, dim) for name, value in options.items()}

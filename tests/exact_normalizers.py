@@ -1,11 +1,9 @@
-"""The normalizers that solve for a threshold or a projection, once more in exact or five-hundred-digit arithmetic."""
+"""The normalizers that solve for a threshold or a projection, once more in exact arithmetic or with many digits."""
 
 import itertools
 from fractions import Fraction
 
 import mpmath
-
-mpmath.mp.dps = 500
 
 
 def sparsemax(x: list[Fraction]) -> list[Fraction]:
@@ -19,28 +17,32 @@ def sparsemax(x: list[Fraction]) -> list[Fraction]:
 
 
 def entmax(x: list[Fraction], alpha: Fraction) -> list[mpmath.mpf]:
-    """``((alpha - 1) x - tau)_+ ** (1 / (alpha - 1))`` with tau by bisection; SoftMax where alpha is 1."""
-    scores = [mpmath.mpf(value.numerator) / value.denominator for value in x]
-    peak = max(scores)
-    if alpha == 1:
-        weights = [mpmath.exp(value - peak) for value in scores]
-        return [weight / sum(weights) for weight in weights]
-    d = mpmath.mpf(alpha.numerator) / alpha.denominator - 1
+    """``((alpha - 1) x - tau)_+ ** (1 / (alpha - 1))`` with tau by bisection; SoftMax where alpha is 1.
 
-    def at(log_largest: mpmath.mpf) -> list[mpmath.mpf]:
-        """With the largest p given by its logarithm, between -log(n) and 0."""
-        bases = [mpmath.exp(d * log_largest) + d * (value - peak) for value in scores]
-        return [mpmath.power(base, 1 / d) if base > 0 else mpmath.mpf(0) for base in bases]
+    With as many digits as the powers of what is worth 1e-3 take.
+    """
+    digits = 30 + int(3 * alpha)
+    with mpmath.workdps(digits):
+        scores = [mpmath.mpf(value.numerator) / value.denominator for value in x]
+        peak = max(scores)
+        if alpha == 1:
+            weights = [mpmath.exp(value - peak) for value in scores]
+            return [weight / sum(weights) for weight in weights]
+        d = mpmath.mpf(alpha.numerator) / alpha.denominator - 1
 
-    low, high = -mpmath.log(len(scores)) * 2, mpmath.mpf(0)
-    for _ in range(1700):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(at(middle)) < 1 else (low, middle)
-    return at(high)
+        def at(log_largest: mpmath.mpf) -> list[mpmath.mpf]:
+            bases = [mpmath.exp(d * log_largest) + d * (value - peak) for value in scores]
+            return [mpmath.power(base, 1 / d) if base > 0 else mpmath.mpf(0) for base in bases]
+
+        low, high = -2 * mpmath.log(len(scores)), mpmath.mpf(0)
+        for _ in range(4 * digits):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(at(middle)) < 1 else (low, middle)
+        return at(high)
 
 
 def prox_tv(x: list[Fraction], lam: Fraction) -> list[Fraction]:
-    """``argmin 1/2 ||z - x||^2 + lam sum |z_{i+1} - z_i|``: the only partition into blocks that meets all conditions."""
+    """``argmin 1/2 ||z - x||^2 + lam sum |z_{i+1} - z_i|``: the partition into blocks that meets all conditions."""
     n = len(x)
     for cuts in itertools.product((-1, 0, 1), repeat=n - 1):  # whether z steps down, not at all or up after i
         edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), n]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_multimax import modulate
 from hf_multimax.kernels import cross_entropy_chunks, cross_entropy_problem
 from hf_multimax.kernels.cross_entropy import (
     linear_cross_entropy,
@@ -561,6 +562,27 @@ def test_kernel_with_masked_classes_and_nan(kernel):
     assert losses[[0, 1, 2, 5]].isfinite().all()
     (grad,) = torch.autograd.grad(losses.sum(), p["hidden"])
     assert grad[3].isnan().any() and grad[torch.arange(6) != 3].isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize("order", [1, 2, 3, 16])
+@pytest.mark.parametrize("huge", [-1e4, -1e20, -1e30, 1e20])
+def test_kernel_with_huge_logits(kernel, order, huge):
+    """Without slopes it is SoftMax; with the last negative, what is huge and negative does not take part."""
+    p, labels = inputs(tokens=6, order=order, ignored=False)
+    labels.fill_(4)
+    with torch.no_grad():
+        p["bias"][7] = huge
+        p["ts"].zero_()
+    for last in (0.0, *([-0.5] if huge < -1e4 and order > 1 else [])):
+        with torch.no_grad():
+            p["ts"][-2] = last
+        losses = fused(p, labels, reduction="none", chunk_size=6)
+        scores = p["scale"] * (p["hidden"] @ p["weight"].T + p["bias"]) + p["shift"]
+        expected = F.cross_entropy(modulate(scores, p["ranges"], p["ts"]), labels, reduction="none")
+        torch.testing.assert_close(losses, expected)
+        if huge < 0:
+            assert all(g.isfinite().all() for g in gradients(losses.sum(), p).values())
 
 
 @interpreted

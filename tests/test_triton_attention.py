@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from hf_multimax.attention import eager_attention
 from hf_multimax.functional import masked_softmax, modulate
 from hf_multimax.kernels.triton_attention import attention, unsupported, varlen_attention
+from tests import extreme_scores
 from tests.attention_cases import Case, check, reference, run
 from tests.tolerances import RELATIVE, assert_draws_no_worse, assert_none_worse, relative_error
 
@@ -80,6 +82,10 @@ class Interpreted:
     @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
     def test_float32_agrees_with_float64(self, case):
         check(attention, case, draws=12)
+
+    @pytest.mark.parametrize("seed", [3, 4, 8, 9, 12, 13, 14, 19, 26, 29, 32, 35])
+    def test_scores_of_any_size(self, seed):
+        extreme_scores.check(partial(extreme_scores.attention_weights, attention), seed)
 
     def test_far_thresholds(self):
         """Thresholds at 100: sums of terms of 1e4 that cancel, in the plain computation too."""

@@ -36,7 +36,7 @@ typedef uint32_t vu __attribute__((vector_size(4 * W)));
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kMasked = -0x1.fffffep126f;  // half of the lowest float: scores at or below it are masked entries
 constexpr int kMaxOrder = 16;
-constexpr float kLargestPower = 0x1p120f;  // what has a larger one is left out of the slopes' gradients
+constexpr float kLargestPower = 0x1p120f;  // scores of larger powers are left out of the slopes' gradients
 
 // Matrix products read their right factor from panels of kPanel columns, k rows each, zero-padded, so that a panel is
 // contiguous in the first cache whatever the layout of the tensor it came from.
@@ -521,18 +521,17 @@ inline vf slope(const Modulator& m, vf x, vf g, ScalarSums<ORDER>& sums) {
   const int order = ORDER ? ORDER : m.order;
   for (int n = 0; n < order; ++n) {
     const vf u = m.b[n] - x, w = x - m.d[n], up = relu(u), wp = relu(w);
-    vf gu, gw;
     if (n == 0) {
       const vf du = u > 0.0f ? splat(1.0f) : vf{}, dw = w > 0.0f ? splat(1.0f) : vf{};
       out += m.td[n] * dw - m.tb[n] * du;
-      gu = g * du, gw = g * dw;
-    } else {
-      const float factor = n + 1.0f;
-      out += times_power(splat(factor * m.td[n]), wp, n) - times_power(splat(factor * m.tb[n]), up, n);
+      if (SCALARS) sums.b[n] += g * du, sums.d[n] += g * dw, sums.tb[n] += g * up, sums.td[n] += g * wp;
+      continue;
     }
+    out += (n + 1.0f) * (times_power(splat(m.td[n]), wp, n) - times_power(splat(m.tb[n]), up, n));
     if (SCALARS) {
-      const vf near_u = n == 0 || up < m.most[n] ? up : vf{}, near_w = n == 0 || wp < m.most[n] ? wp : vf{};
-      if (n) gu = times_power(g, near_u, n), gw = times_power(g, near_w, n);
+      vf near_u = up, near_w = wp;
+      if (ORDER == 0) near_u = up < m.most[n] ? up : vf{}, near_w = wp < m.most[n] ? wp : vf{};
+      const vf gu = times_power(g, near_u, n), gw = times_power(g, near_w, n);
       sums.b[n] += gu;
       sums.d[n] += gw;
       sums.tb[n] += gu * near_u;
@@ -913,10 +912,19 @@ void add_scalars(const Modulator& m, const ScalarSums<ORDER>& sums, const vf* af
   to[4 * order + 1] += sum(affine_sums[1]);
 }
 
-// One block of keys against one block of rows of one head
+// Rows by the size of the scores that they attend to. Where squares of those might overflow only equal scores compete,
+// and of the slopes' gradients nothing remains. (Higher powers are left out one by one.)
+enum Rows { kAll, kNear, kFar };
+
+template <int ORDER>
+inline bool is_far(const Arguments& g, const Modulator& m, int64_t line) {
+  return ORDER == 2 && std::abs(g.peak[line]) >= m.most[1] && g.total[line] > 0.0f;
+}
+
+// One block of keys against some rows of one block of one head
 template <int ORDER, bool SCALARS>
 void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffers& t, int64_t b, int64_t h, int64_t row,
-                    int64_t key, int64_t block_keys, int64_t split) {
+                    int64_t key, int64_t block_keys, int64_t split, Rows which) {
   const int64_t rows = std::min(kRowsBackward, g.rows - row), width = kKeysBackward + kPanel;
   const Range all = clip(visible(g, row, rows), key, key + block_keys);
   // whole rows of the block are computed from its first key on, so that k, v and their gradients share an origin
@@ -935,6 +943,7 @@ void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffer
   for (int64_t i = 0; i < rows; ++i) {
     Range in = clip(visible(g, row + i, 1), key, key + keys);
     if (g.total[line + i] == 0.0f) in = {0, 0};
+    if (which != kAll && is_far<ORDER>(g, m, line + i) != (which == kFar)) in = {0, 0};
     float *s = t.p + i * width + in.low, *ds = t.dp + i * width + in.low;
     const int64_t n = in.high - in.low, first = key + in.low;
     if (n > 0) {
@@ -996,11 +1005,16 @@ void backward_keys(const Arguments& g, int64_t b, int64_t kv, int64_t split) {
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
       const Modulator m(g, h);
       for (int64_t row = 0; row < g.rows; row += kRowsBackward) {
-        if (g.sums) {
-          backward_block<ORDER, true>(g, m, t, b, h, row, key, keys, split);
-        } else {
-          backward_block<ORDER, false>(g, m, t, b, h, row, key, keys, split);
+        if (!g.sums) {
+          backward_block<ORDER, false>(g, m, t, b, h, row, key, keys, split, kAll);
+          continue;
         }
+        backward_block<ORDER, true>(g, m, t, b, h, row, key, keys, split, kNear);
+        bool far = false;
+        for (int64_t i = row; i < std::min(row + kRowsBackward, g.rows); ++i) {
+          far |= is_far<ORDER>(g, m, (b * g.heads + h) * g.rows + i);
+        }
+        if (far) backward_block<ORDER, false>(g, m, t, b, h, row, key, keys, split, kFar);
       }
     }
     for (int64_t j = 0; j < keys; ++j) {

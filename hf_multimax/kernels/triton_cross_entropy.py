@@ -179,7 +179,8 @@ def _row_kernel(
     # a row without any class: p = 0 everywhere; a NaN must stay, hence no maximum
     total = tl.where(total < TINY, TINY, total)
     share = smoothing / tl.maximum(classes, 1.0)
-    expected = (1.0 - smoothing) * target + share * kept_sum
+    # without smoothing a logit of minus infinity does not matter
+    expected = (1.0 - smoothing) * target + tl.where(smoothing > 0.0, share * kept_sum, 0.0)
     tl.store(losses + index, peak + tl.log(total) - expected)
 
     if GRADIENT:
