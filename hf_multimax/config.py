@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import logging
-import math
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +110,7 @@ class MultiMaxConfig:
 
     def _check(self, name: str, valid: bool, requirement: str) -> None:
         if not valid:
-            raise ValueError(f"MultiMaxConfig.{name} {requirement}, got {getattr(self, name)!r}")
+            raise ValueError(f"MultiMaxConfig.{name} {requirement}, got {shown(getattr(self, name))}")
 
     def _check_patterns(self, name: str) -> None:
         value = getattr(self, name)
@@ -146,12 +146,22 @@ def _may_take_forever(pattern: str) -> bool:
     return forks > _MAX_REPEATS
 
 
+def shown(value: Any, most: int = 100) -> str:
+    """``repr`` for an error message: short, and possible for an integer of any length."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = "an integer of thousands of digits"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    """Whether a value is a number above 0 that float64 holds; integers of JSON have no bound."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _is_json_object(value: Any) -> bool:

@@ -9,7 +9,7 @@ from models import ALL, inputs_for, make
 from tolerances import assert_none_worse, relative_error
 
 from hf_multimax import backend, multimax_parameters, patch_model
-from hf_multimax.discovery import attention_layers
+from hf_multimax.models.discovery import attention_layers
 
 
 def objective(outputs) -> torch.Tensor:

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 
 import hf_multimax
 from hf_multimax import MultiMaxConfig, freeze_base, is_patched, multimax_parameters, patch_model, unpatch_model
-from hf_multimax.discovery import attention_layers
+from hf_multimax.models.discovery import attention_layers
 
 
 def randomised(model):
@@ -37,7 +37,7 @@ def test_it_is_in_place_and_names_its_parameters():
         f"transformer.h.{layer}.attn.multimax.{name}" for layer in (0, 1) for name in ("ranges", "ts")
     ]
     assert sum(p.numel() for p in multimax_parameters(model).values()) == 8 * 2
-    assert type(model).__name__ == "MultiMaxGPT2LMHeadModel"
+    assert type(model) is not GPT2LMHeadModel and type(model).__name__ == "GPT2LMHeadModel"
     assert isinstance(model, GPT2LMHeadModel)
     assert model.config.model_type == "gpt2"
     assert model.config.multimax == MultiMaxConfig().to_dict()

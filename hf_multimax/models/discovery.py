@@ -11,8 +11,8 @@ from types import CodeType
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_multimax.architectures import HANDLED_KEYWORDS, HEAD_COUNT_ATTRIBUTES, IRRELEVANT_KEYWORDS, UNUSED_ATTENTION
 from hf_multimax.config import MultiMaxConfig
+from hf_multimax.models.exceptions import HANDLED_KEYWORDS, HEAD_COUNT_ATTRIBUTES, IRRELEVANT_KEYWORDS, UNUSED_ATTENTION
 
 __all__ = ["attention_layers", "code_names", "head_count", "select_layers"]
 

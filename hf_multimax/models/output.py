@@ -11,10 +11,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_multimax.discovery import code_names
 from hf_multimax.functional import compute_dtype
-from hf_multimax.fused_output import FusedLoss, captured_input, fused_loss
 from hf_multimax.kernels import differentiated_by_functions
+from hf_multimax.models.discovery import code_names
+from hf_multimax.models.fused_output import FusedLoss, captured_input, fused_loss
+from hf_multimax.models.replacement import check_class_forward, check_replacement
 from hf_multimax.modulator import on_its_device
 
 __all__ = ["check_output_supported", "modulated_forward"]
@@ -31,6 +32,9 @@ def check_output_supported(model: PreTrainedModel, stock_class: type[PreTrainedM
     others = [field for field in fields if field.endswith("_logits")]
     if others:
         raise ValueError(f"output=True does not support {name}, which returns {', '.join(others)} besides logits")
+    check_class_forward(stock_class)
+    if "forward" in vars(model):
+        check_replacement(model.forward, type(model).forward)
     names = code_names(stock_class)
     if "labels" not in names:
         raise ValueError(f"output=True needs a model with a loss; the forward of {name} takes no labels")
