@@ -1,5 +1,6 @@
 """The one attention function: what every patched layer calls, and what users call without Transformers."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.nn.functional import dropout as apply_dropout
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import output_capturing
 
-from hf_multimax.backends import choose_kernel, current_backend, tiles_are_slower
+from hf_multimax.backends import choose_kernel, current_backend, exporting, tiles_are_slower
 from hf_multimax.functional import Affine, compute_dtype, masked_softmax, modulate
 from hf_multimax.kernels import differentiated_by_functions, tiled
 from hf_multimax.modulator import MultiMax, Normalizer, active_normalizer, on_its_device
@@ -41,7 +42,8 @@ def multimax_attention(
     """``dropout(softmax(sigma(q k^T * scale + bias) + attn_mask)) v``: attention with MultiMax (paper, section 4).
 
     Args:
-        q: ``[B, H, Nq, D]``, floating type; all of q, k and v are of one type.
+        q: ``[B, H, Nq, D]``, floating type; all of q, k and v are of one type. Under ``torch.autocast`` they are cast
+            to its type, as scaled_dot_product_attention's are.
         k, v: ``[B, Hkv, Nk, D]`` and ``[B, Hkv, Nk, Dv]``; H is a multiple of Hkv (grouped-query attention).
         ranges, ts: the modulator, ``[2N]`` or ``[H, 2N]``; see :func:`hf_multimax.modulate`.
         attn_mask: broadcastable to ``[B, H, Nq, Nk]``; boolean (True = keep), or additive: entries at or below half of
@@ -59,18 +61,20 @@ def multimax_attention(
         ValueError: for shapes that do not fit, ``is_causal`` with more queries than keys, or a probability outside
             [0, 1). TypeError: for a mask that is neither boolean nor floating.
     """
+    q, k, v, no_autocast = _as_autocast_wants(q, k, v)
     tiled.check_arguments(q, k, v, ranges, ts, attn_mask, bias, affine, dropout_p, is_causal)
     features = {"mask": attn_mask, "bias": bias, "affine": affine, "dropout_p": dropout_p, "causal": is_causal}
-    kernel = choose_kernel(q, k, v, ranges, ts, scale=scale, **features)
-    if kernel is not None:
-        return kernel.attention(q, k, v, ranges, ts, scale=scale, **features)
 
     def modulator(scores: Tensor) -> Tensor:
         return modulate(scores, ranges, ts, affine)
 
-    mask = _with_causal(attn_mask, q, k) if is_causal else attn_mask
-    out, _ = eager_attention(q, k, v, modulator, masked_softmax, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale)
-    return out
+    with no_autocast:
+        kernel = choose_kernel(q, k, v, ranges, ts, scale=scale, **features)
+        if kernel is not None:
+            return kernel.attention(q, k, v, ranges, ts, scale=scale, **features)
+        mask = _with_causal(attn_mask, q, k) if is_causal else attn_mask
+        options = {"mask": mask, "bias": bias, "dropout_p": dropout_p, "scale": scale}
+        return eager_attention(q, k, v, modulator, masked_softmax, **options)[0]
 
 
 def attention_forward(
@@ -130,7 +134,8 @@ def attention_forward(
         # A static cache at its first call is longer than the queries, which are its first entries.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
-    with on_its_device(normalizer):
+    query, key, value, no_autocast = _as_autocast_wants(query, key, value)
+    with on_its_device(normalizer), no_autocast:
         out, weights = _attend(
             normalizer,
             query,
@@ -195,6 +200,20 @@ def _attend(
     )
 
 
+def _as_autocast_wants(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """q, k and v in autocast's type where it is on, and a context without it for what is computed of them.
+
+    Rotary models hand q and k in float32 and v in autocast's type; SDPA, which is on autocast's list, casts them.
+    Inside, autocast would round what the kernels keep in float32.
+    """
+    device = q.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return q, k, v, contextlib.nullcontext()
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    return q, k, v, torch.autocast(device, enabled=False)
+
+
 class _Unhooked(nn.Module):
     """A normalizer without its hooks: those of FSDP2 would end its backward pass after the first tile."""
 
@@ -210,7 +229,7 @@ def _in_tiles(q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor | None, w
     """Whether a normalizer other than MultiMax runs in tiles, which bound the memory."""
     # a finite additive mask would have to come between the normalizer's two steps
     possible = not weights_wanted and sinks is None and (mask is None or mask.dtype == torch.bool)
-    possible = possible and not differentiated_by_functions()
+    possible = possible and not differentiated_by_functions() and not exporting()
     if current_backend() == "tiled":
         return possible
     return possible and current_backend() == "auto" and not tiles_are_slower(q, k)

@@ -26,9 +26,10 @@ def backend(name: str) -> Iterator[None]:
 
     ``"auto"`` (the default) is the fastest that supports each call: ``"triton"`` on CUDA, ``"native"`` (C++, compiled
     at first use) on a CPU, ``"tiled"`` (PyTorch, memory linear in the length) elsewhere, and ``"eager"`` (the whole
-    score matrix) for small calls, where attention weights are returned and where ``torch.func`` differentiates. Any
-    other choice is used as it is, and raises ValueError for a call that it does not support. With gradient
-    checkpointing, keep the block around the backward pass too.
+    score matrix) for small calls, where attention weights are returned, where ``torch.func`` differentiates and in what
+    is exported (torch.export, ONNX, torch.jit), which then runs without this package. Any other choice is used as it
+    is, and raises ValueError for a call that it does not support. With gradient checkpointing, keep the block around
+    the backward pass too.
 
     Raises:
         ValueError: for an unknown name.
@@ -86,9 +87,16 @@ def _beyond_kernels(weights: bool) -> str | None:
     """What a call asks for that only eager attention has."""
     if weights:
         return "returning attention weights"
+    if exporting():
+        return "being exported"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward derivatives"
     return "the derivatives of torch.func" if differentiated_by_functions() else None
+
+
+def exporting() -> bool:
+    """Whether the call is being written down, by torch.export, for ONNX or by torch.jit, to run where we are not."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def tiles_are_slower(q: Tensor, k: Tensor) -> bool:
