@@ -13,7 +13,7 @@ from transformers.utils import output_capturing
 from hf_multimax.backends import choose_kernel, current_backend, exporting, tiles_are_slower
 from hf_multimax.functional import Affine, compute_dtype, masked_softmax, modulate
 from hf_multimax.kernels import differentiated_by_functions, tiled
-from hf_multimax.modulator import MultiMax, Normalizer, active_normalizer, on_its_device
+from hf_multimax.modulator import MultiMax, Normalizer, normalizers_by_row, on_its_device
 
 __all__ = ["IMPLEMENTATION", "attention_forward", "multimax_attention"]
 
@@ -115,10 +115,7 @@ def attention_forward(
     weights_wanted = _weights_wanted(module, kwargs)
     sinks = s_aux if s_aux is not None else sinks
     # A layer that the config leaves out holds None: it shares its config with patched ones and keeps SoftMax.
-    normalizer = module.multimax
-    if normalizer is not None:
-        normalizer = active_normalizer(normalizer)
-    if normalizer is None and current_backend() == "auto" and not weights_wanted and sinks is None and not softcap:
+    if module.multimax is None and current_backend() == "auto" and not weights_wanted and sinks is None and not softcap:
         return sdpa_attention_forward(
             module,
             query,
@@ -135,22 +132,35 @@ def attention_forward(
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
     query, key, value, no_autocast = _as_autocast_wants(query, key, value)
-    with on_its_device(normalizer), no_autocast:
-        out, weights = _attend(
-            normalizer,
-            query,
-            key,
-            value,
-            weights_wanted,
-            mask=attention_mask,
-            bias=position_bias,
-            dropout_p=dropout if module.training else 0.0,
-            causal=causal,
-            scale=scaling,
-            softcap=softcap,
-            sinks=sinks,
-        )
+    options = {
+        "dropout_p": dropout if module.training else 0.0,
+        "causal": causal,
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": sinks,
+    }
+    parts = []
+    with no_autocast:
+        for normalizer, rows in _normalizers(module, query.shape[0]):
+            tensors = (query, key, value, attention_mask, position_bias)
+            q, k, v, mask, bias = tensors if rows is None else (_rows_of(x, rows, query.shape[0]) for x in tensors)
+            with on_its_device(normalizer):
+                parts.append((_attend(normalizer, q, k, v, weights_wanted, mask=mask, bias=bias, **options), rows))
+    (out, weights), rows = parts[0]
+    if rows is not None:
+        order = torch.cat([rows for _, rows in parts]).argsort().to(query.device)
+        out = torch.cat([out for (out, _), _ in parts])[order]
+        weights = None if weights is None else torch.cat([weights for (_, weights), _ in parts])[order]
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _normalizers(module: nn.Module, rows: int) -> list[tuple[Normalizer | None, Tensor | None]]:
+    return [(None, None)] if module.multimax is None else normalizers_by_row(module.multimax, rows)
+
+
+def _rows_of(x: Tensor | None, rows: Tensor, batch: int) -> Tensor | None:
+    """The rows of a batch; what has none, or one for all, as it is."""
+    return x if x is None or x.ndim < 4 or x.shape[0] != batch else x[rows.to(x.device)]
 
 
 def _attend(

@@ -25,7 +25,7 @@ from transformers.utils import (
 from hf_multimax.attention import IMPLEMENTATION
 from hf_multimax.config import shown
 from hf_multimax.models.loader_file import AUTO_MAP
-from hf_multimax.modulator import named_normalizers, whole
+from hf_multimax.modulator import Normalizer, whole
 
 __all__ = [
     "MODEL_TYPE",
@@ -294,9 +294,10 @@ def _has_that_head(model: PreTrainedModel, info: dict[str, Any], stored: dict[st
 def check_finite(model: nn.Module, what: str) -> None:
     """Raise ValueError, naming them, if parameters of normalizers are NaN or infinite; ``what`` they then cannot be."""
     broken = [
-        f"{layer}.{name}"
-        for layer, normalizer in named_normalizers(model)
-        for name, parameter in normalizer.named_parameters()
+        f"{place}.{name}"
+        for place, module in model.named_modules()
+        if isinstance(module, Normalizer)
+        for name, parameter in module.named_parameters()
         if not parameter.is_meta and not whole(parameter.detach()).isfinite().all()
     ]
     if broken:
