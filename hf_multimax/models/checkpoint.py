@@ -76,8 +76,7 @@ def _mark_parts(config: PreTrainedConfig, values: dict[str, Any]) -> None:
     for name in config.sub_configs:
         part, part_values = getattr(config, name, None), values.get(name)
         if isinstance(part, PreTrainedConfig) and isinstance(part_values, dict):
-            if part._attn_implementation == IMPLEMENTATION:
-                part_values["attn_implementation"] = IMPLEMENTATION
+            part_values["attn_implementation"] = IMPLEMENTATION
             _mark_parts(part, part_values)
 
 

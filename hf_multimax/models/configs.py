@@ -169,7 +169,8 @@ def _make_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         stock.__init__(self, *args, **self._native(kwargs))
         if "multimax" in self.__dict__ and self.multimax["attention"]:
             check_implementation(self._attn_implementation)
-            self.__dict__["_attn_implementation_internal"] = IMPLEMENTATION  # a stock model built from it must not run
+            for part in parts_of(self):  # a stock model built from it must not run
+                part.__dict__["_attn_implementation_internal"] = IMPLEMENTATION
 
     return make_class(MultiMaxConfigMixin, stock, config_class, {"__init__": __init__})
 

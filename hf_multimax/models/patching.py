@@ -12,6 +12,7 @@ from hf_multimax.config import MultiMaxConfig
 from hf_multimax.models.attachment import attach, detach
 from hf_multimax.models.changes import Changes
 from hf_multimax.models.classes import is_patched, registered_model_class
+from hf_multimax.models.discovery import attention_layers
 from hf_multimax.models.divergence import watch
 from hf_multimax.models.doors import patched_parts
 from hf_multimax.modulator import Normalizer, named_normalizers
@@ -87,7 +88,7 @@ def _patch_whole(
     outputs = [name for name in found if name.endswith(f".{OUTPUT}")]
     layers = {name: module for name, module in found.items() if name not in outputs}
     values = {name: {k: p.detach().clone() for k, p in module.named_parameters()} for name, module in found.items()}
-    options = _common_config(parts, layers, bool(outputs)) if config is None else config
+    options = _common_config(model, parts, list(layers), bool(outputs)) if config is None else config
     options, generated = options.replace(**overrides), registered_model_class(type(model))
     with Changes() as changes:
         for part in parts.values():
@@ -111,8 +112,10 @@ def _patch_whole(
     return model
 
 
-def _common_config(parts: dict[str, PreTrainedModel], layers: dict[str, Any], output: bool) -> MultiMaxConfig:
-    """The one config of several patched models, for the layers that they patched.
+def _common_config(
+    model: PreTrainedModel, parts: dict[str, PreTrainedModel], layers: list[str], output: bool
+) -> MultiMaxConfig:
+    """The one config of the patched models inside ``model``, for the layers that they patched.
 
     Raises:
         ValueError: if their configs differ in more than the layers.
@@ -125,8 +128,11 @@ def _common_config(parts: dict[str, PreTrainedModel], layers: dict[str, Any], ou
             f"the MultiMax parts of the model ({', '.join(found)}) were patched with different configs, and a model "
             "has one: patch them alike, or call hf_multimax.unpatch_model on them, which drops their scalars"
         )
-    patched = [re.escape(name) for name in layers]
-    return MultiMaxConfig.from_dict({**first, "include": [f"^{name}$" for name in patched] or None})
+    include = None
+    if layers and set(layers) != set(attention_layers(model)):
+        short = (re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in layers)
+        include = [f"^{name}$" for name in short]
+    return MultiMaxConfig.from_dict({**first, "include": include})
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
