@@ -15,7 +15,7 @@ from hf_multimax.functional import Affine, compute_dtype, masked_softmax, modula
 from hf_multimax.kernels import differentiated_by_functions, tiled
 from hf_multimax.modulator import MultiMax, Normalizer, normalizers_by_row, on_its_device
 
-__all__ = ["IMPLEMENTATION", "attention_forward", "multimax_attention"]
+__all__ = ["IMPLEMENTATION", "attention_forward", "multimax_attention", "scaled_dot_product_multimax"]
 
 #: The name under which attention is registered with Transformers.
 IMPLEMENTATION = "multimax"
@@ -161,6 +161,56 @@ def _normalizers(module: nn.Module, rows: int) -> list[tuple[Normalizer | None, 
 def _rows_of(x: Tensor | None, rows: Tensor, batch: int) -> Tensor | None:
     """The rows of a batch; what has none, or one for all, as it is."""
     return x if x is None or x.ndim < 4 or x.shape[0] != batch else x[rows.to(x.device)]
+
+
+def scaled_dot_product_multimax(
+    normalizer: Normalizer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` through a layer's normalizer.
+
+    Args:
+        query: ``[..., Nq, D]``, at least two dimensions; key, value: ``[..., Nk, D]`` and ``[..., Nk, Dv]``.
+        attn_mask: boolean (True = keep) or additive, broadcastable to ``[..., Nq, Nk]``; it acts after the modulator.
+        is_causal: query i sees the keys up to i, as there.
+        others: as there.
+
+    Returns:
+        ``[..., Nq, Dv]``.
+    """
+    query, key, value, no_autocast = _as_autocast_wants(query, key, value)
+    lead, (rows, keys) = query.shape[:-2], (query.shape[-2], key.shape[-2])
+    if is_causal and rows != keys:
+        causal = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril()
+        attn_mask = causal if attn_mask is None else _with_mask(attn_mask, causal)
+    if attn_mask is not None and len(lead) != 2:
+        attn_mask = attn_mask.expand(*lead, rows, keys).reshape(-1, *lead[-1:], rows, keys)
+    q, k, v = (
+        x if x.ndim == 4 else x.reshape(-1, *(x.shape[-3:-2] or (1,)), *x.shape[-2:]) for x in (query, key, value)
+    )
+    with no_autocast:
+        out, _ = _attend(
+            normalizer,
+            q,
+            k,
+            v,
+            False,
+            mask=attn_mask,
+            bias=None,
+            dropout_p=dropout_p,
+            causal=is_causal and rows == keys,
+            scale=scale,
+            softcap=None,
+            sinks=None,
+        )
+    return out.reshape(*lead, rows, value.shape[-1])
 
 
 def _attend(
@@ -318,11 +368,12 @@ def _with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
     """``mask`` and the causal mask, aligned at the last query and the last key."""
     queries, keys = q.shape[2], k.shape[2]
     causal = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    if mask is None:
-        return causal
-    if mask.dtype == torch.bool:
-        return mask & causal
-    return mask.masked_fill(~causal, torch.finfo(mask.dtype).min)
+    return causal if mask is None else _with_mask(mask, causal)
+
+
+def _with_mask(mask: Tensor, keep: Tensor) -> Tensor:
+    """A mask of either kind and a boolean one in one."""
+    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
 
 
 def _identity(x: Tensor) -> Tensor:

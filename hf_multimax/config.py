@@ -41,6 +41,9 @@ class MultiMaxConfig:
     init_std: float = _option(0.02, "standard deviation of init='paper' (a normal distribution cut at -2 and 2)")
     include: list[str] | str | None = _option(None, "regular expressions: only attention layers whose name matches one")
     exclude: list[str] | str | None = _option(None, "regular expressions: no attention layer whose name matches one")
+    outside: str = _option(
+        "softmax", "attention outside Transformers' interface: 'softmax' answers its softmax, 'refuse' raises"
+    )
 
     def __post_init__(self) -> None:
         self._unknown: dict[str, Any] = {}
@@ -58,6 +61,7 @@ class MultiMaxConfig:
         self._check("order", self.order <= MAX_ORDER, f"must be at most {MAX_ORDER}")
         self._check("order", not (self.affine and self.order != 1), "must be 1 when affine is true")
         self._check("init", self.init in ("identity", "paper"), "must be 'identity' or 'paper'")
+        self._check("outside", self.outside in ("softmax", "refuse"), "must be 'softmax' or 'refuse'")
         self._check("init_std", _is_positive(self.init_std), "must be a number > 0")
         for name in ("include", "exclude"):
             self._check_patterns(name)

@@ -207,7 +207,7 @@ def test_wrong_options_leave_the_model_alone():
 def test_attention_outside_the_interface_is_named():
     config = transformers.BloomConfig(vocab_size=31, hidden_size=16, n_layer=1, n_head=2)
     with pytest.raises(ValueError, match=r"BloomForCausalLM.*'bloom'.*self_attention"):
-        patch_model(transformers.BloomForCausalLM(config))
+        patch_model(transformers.BloomForCausalLM(config), outside="refuse")
 
 
 def test_partly_outside_the_interface_needs_a_word():
@@ -215,9 +215,10 @@ def test_partly_outside_the_interface_needs_a_word():
     config = transformers.SiglipVisionConfig(**vision, intermediate_size=16)
     model = transformers.SiglipVisionModel(config)
     with pytest.raises(ValueError, match=r"head\.attention.*exclude"):
-        patch_model(model)
-    patch_model(model, exclude=r"head\.attention")
+        patch_model(model, outside="refuse")
+    patch_model(model, exclude=r"head\.attention", outside="refuse")
     assert len(multimax_parameters(model)) == 2
+    assert len(multimax_parameters(patch_model(unpatch_model(model)))) == 4
 
 
 def test_an_attention_keyword_that_is_not_supported_is_named():

@@ -81,13 +81,50 @@ ZOO = {
     "M2M100ForConditionalGeneration": Entry("M2M100Config", _SEQ2SEQ, seq2seq=True),
     "PegasusForConditionalGeneration": Entry("PegasusConfig", _SEQ2SEQ, seq2seq=True),
 }
+_OLD = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+#: Models whose attention does not go through the AttentionInterface.
+OUTSIDE = {
+    "BloomForCausalLM": Entry("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "GPTJForCausalLM": Entry("GPTJConfig", {**_OLD, "rotary_dim": 4}),
+    "CodeGenForCausalLM": Entry("CodeGenConfig", {**_OLD, "rotary_dim": 4}),
+    "GPTNeoForCausalLM": Entry(
+        "GPTNeoConfig",
+        {
+            "vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 4,
+            "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64,
+        },
+    ),
+    "FalconForCausalLM": Entry("FalconConfig", {k: v for k, v in _TEXT.items() if "inter" not in k and "max" not in k}),
+    "MptForCausalLM": Entry(
+        "MptConfig", {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
+    ),
+    "DebertaV2ForMaskedLM": Entry("DebertaV2Config", {**_TEXT, "relative_attention": True, "pos_att_type": ["p2c"]}),
+    "LongformerForMaskedLM": Entry("LongformerConfig", {**_TEXT, "attention_window": 4, "max_position_embeddings": 80}),
+    "XLNetForTokenClassification": Entry(
+        "XLNetConfig",
+        {"vocab_size": VOCAB, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "num_labels": 3},
+    ),
+    "Swinv2ForImageClassification": Entry(
+        "Swinv2Config",
+        {
+            "image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2],
+            "window_size": 4, "num_labels": 3,
+        },
+        image=True,
+    ),
+    "MvpForConditionalGeneration": Entry("MvpConfig", _SEQ2SEQ, seq2seq=True),
+}  # fmt: skip
 CAUSAL = tuple(name for name in ZOO if name.endswith("ForCausalLM"))
+
+
+def _entry(name: str) -> Entry:
+    return ZOO.get(name) or OUTSIDE[name]
 
 
 def zoo_model(name: str, seed: int = 0, attention: str = "eager", **config: Any) -> PreTrainedModel:
     """A random model of that class in evaluation mode."""
     torch.manual_seed(seed)
-    entry = ZOO[name]
+    entry = _entry(name)
     settings = getattr(transformers, entry.config)(**{**entry.values, **config})
     for key, value in list(vars(settings).items()):
         if "drop" in key and isinstance(value, float):  # nothing random in training
@@ -102,7 +139,7 @@ def zoo_model(name: str, seed: int = 0, attention: str = "eager", **config: Any)
 
 def zoo_inputs(name: str, length: int = 9, padded: bool = True) -> dict[str, torch.Tensor]:
     """A batch of two for that class, with labels where it takes any."""
-    entry, generator = ZOO[name], torch.Generator().manual_seed(1)
+    entry, generator = _entry(name), torch.Generator().manual_seed(1)
     if entry.image:
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator), "labels": torch.tensor([0, 2])}
     ids = torch.randint(3, VOCAB, (2, length), generator=generator)

@@ -1,8 +1,9 @@
 """What a patch changes, all of it or none, and the way back.
 
 Of the model: its class; each attention layer's ``multimax`` (a normalizer, or None for a layer left at SoftMax) and
-``_multimax_always_masked``; ``multimax_output``; ``_no_split_modules``, ``_keep_in_fp32_modules_strict`` and
-``_keys_to_ignore_on_save``; and ``_multimax_stock``, what the last three and the attention implementations were.
+``_multimax_always_masked``; the class of a layer outside Transformers' AttentionInterface; ``multimax_output``;
+``_no_split_modules``, ``_keep_in_fp32_modules_strict`` and ``_keys_to_ignore_on_save``; and ``_multimax_stock``, what
+the last three and the attention implementations were.
 Of its configs, which are first copied, as other models may hold them: their classes, the attention implementation, the
 ``multimax`` entry and ``_multimax_masks``.
 """
@@ -18,10 +19,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_multimax.attention import IMPLEMENTATION
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.models.changes import Changes
-from hf_multimax.models.configs import MultiMaxConfigMixin, config_class, stock_of
-from hf_multimax.models.discovery import attention_layers, head_count, select_layers
+from hf_multimax.models.configs import MultiMaxConfigMixin, config_class
+from hf_multimax.models.discovery import Layers, attention_layers, head_count, select_layers
+from hf_multimax.models.generated import stock_of
 from hf_multimax.models.masks import ADDITIVE, mask_kinds, owner_of
 from hf_multimax.models.output import check_output_supported
+from hf_multimax.models.outside import OutsideMixin, outside_class
 from hf_multimax.modulator import Normalizer
 from hf_multimax.normalizers import build_normalizer, get_normalizer
 
@@ -50,14 +53,16 @@ def attach(
             nothing, and an output modulator that the class cannot have is dropped, with a line in the log.
     """
     config = _without_impossible_output(model, config, strict)
-    selected = select_layers(model, config, strict) if config.attention else {}
-    normalizers = _normalizers(config, selected)
+    selected = select_layers(model, config, strict) if config.attention else Layers()
+    normalizers = _normalizers(config, {**selected.interface, **selected.outside})
     output = _output_modulator(model, config) if config.output else None
     layers = attention_layers(model) if config.attention else {}
-    kinds = mask_kinds(model, layers)
+    answering = {name: outside_class(stock_of(type(layer))) for name, layer in selected.outside.items()}
+    kinds = mask_kinds(model, layers, selected.outside)
     masked = {name: kinds.get(id(owner_of(model, name).config)) == ADDITIVE for name in layers}
     copies = _copies_of_configs(model)
-    parts = [model.config, *(layer.config for layer in layers.values() if hasattr(layer, "config"))]
+    held = (layer.config for layer in (*layers.values(), *selected.outside.values()) if hasattr(layer, "config"))
+    parts = [model.config, *held, *(owner_of(model, name).config for name in selected.outside)]
     replaced = [part for part in {id(part): part for part in parts}.values() if id(part) in copies]
     implementations = [(copies[id(part)], part._attn_implementation) for part in replaced]
     for part in replaced:
@@ -79,6 +84,9 @@ def attach(
     for name, layer in layers.items():
         changes.set(layer, "multimax", normalizers.get(name))
         changes.set(layer, "_multimax_always_masked", masked[name])
+    for name, layer in selected.outside.items():
+        changes.set(layer, "multimax", normalizers[name])
+        changes.set(layer, "__class__", answering[name])
     if output is not None:
         changes.set(model, "multimax_output", output)
     changes.set(model, "_multimax_stock", {"implementations": implementations, "attributes": stock})
@@ -100,6 +108,9 @@ def detach(model: PreTrainedModel, changes: Changes) -> None:
     for layer in attention_layers(model).values():
         changes.delete(layer, "multimax")
         changes.delete(layer, "_multimax_always_masked")
+    for layer in [module for module in model.modules() if isinstance(module, OutsideMixin)]:
+        changes.set(layer, "__class__", stock_of(type(layer)))
+        changes.delete(layer, "multimax")
     configs = [value for module in model.modules() for value in vars(module).values()]
     for config in {id(value): value for value in configs if isinstance(value, MultiMaxConfigMixin)}.values():
         changes.set(config, "__class__", stock_of(type(config)))

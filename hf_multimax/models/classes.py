@@ -33,10 +33,10 @@ from hf_multimax.models.checkpoint import (
 from hf_multimax.models.configs import (
     MultiMaxConfigMixin,
     config_class,
-    make_class,
     stock_copy,
 )
 from hf_multimax.models.divergence import watch
+from hf_multimax.models.generated import make_class
 from hf_multimax.models.loader_file import write_loader
 from hf_multimax.models.masks import attention_mask
 from hf_multimax.models.output import modulated_forward

@@ -7,7 +7,6 @@ way from a dict or a file to a config takes either form.
 """
 
 import copy
-import copyreg
 import functools
 import json
 from collections.abc import Iterator
@@ -31,15 +30,14 @@ from hf_multimax.models.checkpoint import (
     implementation_refused,
     native_form,
 )
+from hf_multimax.models.generated import make_class, stock_of
 
 __all__ = [
     "MultiMaxConfigMixin",
     "config_class",
     "is_multimax_config",
-    "make_class",
     "parts_of",
     "stock_copy",
-    "stock_of",
 ]
 
 
@@ -173,36 +171,3 @@ def _make_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
                 part.__dict__["_attn_implementation_internal"] = IMPLEMENTATION
 
     return make_class(MultiMaxConfigMixin, stock, config_class, {"__init__": __init__})
-
-
-# -- classes that go by the name of another ----------------------------------------------------------------------------
-
-
-class _Generated(type):
-    """The class of generated classes: it pickles them as the call that makes them, since their name is another's."""
-
-
-copyreg.pickle(_Generated, lambda generated: (generated._multimax_maker, (generated.stock_class,)))
-
-
-def make_class(mixin: type, stock: type, maker: Any, namespace: dict[str, Any]) -> type:
-    """A class ``(mixin, stock)`` with the name, module and documentation of ``stock``.
-
-    Transformers, PEFT and TRL look classes up by name: a name of our own would miss weight conversions, losses, label
-    shifts and import lists.
-
-    Args:
-        maker: the function of ``stock`` that makes this class again, where it is unpickled.
-        namespace: attributes of the class.
-    """
-    meta = _Generated if type(stock) is type else type("_Generated", (_Generated, type(stock)), {})
-    if meta is not _Generated:
-        copyreg.pickle(meta, lambda generated: (generated._multimax_maker, (generated.stock_class,)))
-    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    own = {"stock_class": stock, "_multimax_maker": staticmethod(maker)}
-    return meta(stock.__name__, (mixin, stock), {**names, **own, **namespace})
-
-
-def stock_of(cls: type) -> Any:
-    """The stock class under a generated one; a class that was not generated is its own."""
-    return getattr(cls, "stock_class", cls)

@@ -21,7 +21,6 @@ from hf_multimax.attention import IMPLEMENTATION
 from hf_multimax.models.checkpoint import MODEL_TYPE, is_multimax_key
 from hf_multimax.models.classes import MultiMaxMixin, is_patched, registered_model_class
 from hf_multimax.models.configs import MultiMaxConfigMixin, is_multimax_config, parts_of
-from hf_multimax.models.discovery import attention_layers
 from hf_multimax.models.loader_file import write_loader
 from hf_multimax.modulator import Normalizer
 
@@ -152,10 +151,7 @@ def _check_whole(model: PreTrainedModel) -> None:
 
 def _is_patched_inside(model: PreTrainedModel) -> bool:
     """Whether an inner model of a patched one has the normalizers that its config says."""
-    layers = attention_layers(model)
-    return not model.config.multimax["attention"] or any(
-        getattr(layer, "multimax", None) is not None for layer in layers.values()
-    )
+    return not model.config.multimax["attention"] or any(isinstance(module, Normalizer) for module in model.modules())
 
 
 def _configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:

@@ -28,11 +28,14 @@ def attention_mask(*args: Any, **kwargs: Any) -> Any:
     return sdpa_mask(*args, **kwargs)
 
 
-def mask_kinds(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> dict[int, str]:
+def mask_kinds(
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], outside: Mapping[str, nn.Module]
+) -> dict[int, str]:
     """The kind of masks of every config that needs another than SDPA's, by the config's ``id``.
 
     Args:
         layers: the attention layers of ``model`` by name.
+        outside: those outside the AttentionInterface that are answered: they add their masks themselves.
     """
     kinds: dict[int, str] = {}
     for name, layer in layers.items():
@@ -41,6 +44,8 @@ def mask_kinds(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> dict[
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and _reads_additive_masks(type(part)):
             kinds[id(part.config)] = ADDITIVE
+    for name in outside:
+        kinds[id(owner_of(model, name).config)] = ADDITIVE
     return kinds
 
 

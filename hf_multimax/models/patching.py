@@ -12,7 +12,7 @@ from hf_multimax.config import MultiMaxConfig
 from hf_multimax.models.attachment import attach, detach
 from hf_multimax.models.changes import Changes
 from hf_multimax.models.classes import is_patched, registered_model_class
-from hf_multimax.models.discovery import attention_layers
+from hf_multimax.models.discovery import find_layers
 from hf_multimax.models.divergence import watch
 from hf_multimax.models.doors import patched_parts
 from hf_multimax.modulator import Normalizer, named_normalizers
@@ -129,7 +129,8 @@ def _common_config(
             "has one: patch them alike, or call hf_multimax.unpatch_model on them, which drops their scalars"
         )
     include = None
-    if layers and set(layers) != set(attention_layers(model)):
+    found = find_layers(model)
+    if layers and set(layers) != {*found.interface, *found.outside}:
         short = (re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in layers)
         include = [f"^{name}$" for name in short]
     return MultiMaxConfig.from_dict({**first, "include": include})
