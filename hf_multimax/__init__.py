@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from hf_multimax import peft
 from hf_multimax.attention import multimax_attention
 from hf_multimax.backends import backend
 from hf_multimax.config import MultiMaxConfig
@@ -65,6 +66,7 @@ __all__ = [
 
 register_extension_points()
 open_doors()
+peft.register()
 
 
 #: What needs the Trainer, which is slow to import, or the Hub is imported when it is asked for.

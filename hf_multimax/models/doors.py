@@ -57,7 +57,7 @@ def _loading(stock: Any) -> Any:
         _check_request(path, config, kwargs)
         wanted = kwargs.pop("output_loading_info", False)
         model, info = stock(cls, path, *args, config=config, output_loading_info=True, **kwargs)
-        if "multimax" in vars(model.config):  # a checkpoint that was not in the cache when it was looked for
+        if "multimax" in vars(model.config) and not is_patched(model):  # not in the cache when it was looked for
             if wanted:
                 kwargs["output_loading_info"] = True
             return registered_model_class(cls).from_pretrained(path, *args, config=config, **kwargs)
