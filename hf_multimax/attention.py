@@ -10,7 +10,7 @@ from torch.nn.functional import dropout as apply_dropout
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import output_capturing
 
-from hf_multimax.backends import choose_kernel, current_backend, exporting, tiles_are_slower
+from hf_multimax.backends import choose_kernel, current_backend, exporting, require_eager, tiles_are_slower
 from hf_multimax.functional import Affine, compute_dtype, masked_softmax, modulate
 from hf_multimax.kernels import differentiated_by_functions, tiled
 from hf_multimax.modulator import MultiMax, Normalizer, normalizers_by_row, on_its_device
@@ -96,7 +96,8 @@ def attention_forward(
     """What Transformers' AttentionInterface calls: ``[B, H, Nq, D]`` in, ``[B, Nq, H, Dv]`` and the weights out.
 
     Scores pass scaling, soft-capping, position bias, the layer's normalizer (its elementwise part), the mask, and
-    join the attention sinks, which stay unmodulated. As under SDPA, a mask of None means "causal" for a causal layer.
+    join the attention sinks, which stay unmodulated. As under SDPA, a mask of None means "causal" for a causal layer,
+    except in models written for masks that are always there.
     Other keywords (``sliding_window``, which the mask contains, packing hints for flash attention) need nothing here.
 
     Raises:
@@ -111,6 +112,8 @@ def attention_forward(
     if cache is not None:
         raise ValueError(CONTINUOUS_BATCHING_REFUSED)
     is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    is_causal = is_causal and not getattr(module, "_multimax_always_masked", False)
+    attention_mask = _with_selected_keys(module, query, key, attention_mask, kwargs)
     causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)
     weights_wanted = _weights_wanted(module, kwargs)
     sinks = s_aux if s_aux is not None else sinks
@@ -152,6 +155,28 @@ def attention_forward(
         out = torch.cat([out for (out, _), _ in parts])[order]
         weights = None if weights is None else torch.cat([weights for (_, weights), _ in parts])[order]
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _with_selected_keys(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The mask with the keys that a sparse layer's indexer selects, which such layers tell kernels of their own only.
+
+    ``indices`` is ``[B, Nq, selected]``; of ``block_indices``, blocks of keys, the layer's indexer makes a mask.
+    """
+    batch, rows, keys = query.shape[0], query.shape[2], key.shape[2]
+    indices, blocks = kwargs.get("indices"), kwargs.get("block_indices")
+    if indices is not None:
+        keep = torch.zeros(batch, rows, keys, dtype=torch.bool, device=query.device)
+        keep = keep.scatter(-1, indices.long(), True).unsqueeze(1)
+        return keep if mask is None else _with_mask(mask, keep)
+    if blocks is not None:
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(keys - rows, keys, device=query.device)
+        positions = (positions if positions.ndim > 1 else positions.unsqueeze(0)).expand(batch, -1)
+        return module.indexer.build_block_mask(blocks, mask, keys, query.dtype, query.device, positions)
+    return mask
 
 
 def _normalizers(module: nn.Module, rows: int) -> list[tuple[Normalizer | None, Tensor | None]]:
@@ -226,7 +251,10 @@ def _attend(
     **features: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention through a layer's normalizer, by the backend that the user chose or that suits the call."""
-    if isinstance(normalizer, MultiMax):
+    sinks = features["sinks"]
+    if sinks is not None and sinks.ndim > 1:  # one for each query: [B, H, Nq, 1]
+        require_eager("attention sinks that differ from query to query")
+    elif isinstance(normalizer, MultiMax):
         ranges, ts, features["affine"] = normalizer.ranges, normalizer.ts, normalizer.affine
         kernel = choose_kernel(q, k, v, ranges, ts, weights=weights_wanted, mask=mask, causal=causal, **features)
         if kernel is not None:
@@ -346,7 +374,8 @@ def _normalize_with_sinks(
     scores: Tensor, normalize: Callable[..., Tensor], keep: Tensor | None, sinks: Tensor
 ) -> Tensor:
     """Probabilities of the keys where each head has one more logit, its sink, that takes a share and gives nothing."""
-    sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    sinks = sinks.to(scores.dtype)
+    sink = (sinks.view(1, -1, 1, 1) if sinks.ndim == 1 else sinks).expand(*scores.shape[:-1], 1)
     if keep is not None:
         keep = torch.cat([keep.expand_as(scores), torch.ones_like(sink, dtype=torch.bool)], dim=-1)
     return normalize(torch.cat([scores, sink], dim=-1), -1, keep)[..., :-1]

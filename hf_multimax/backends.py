@@ -83,6 +83,14 @@ def choose_kernel(
     return None if tiles_are_slower(q, k) else tiled
 
 
+def require_eager(feature: str) -> None:
+    """Raise ValueError if the user chose a backend other than eager, which alone has that feature."""
+    if current_backend() not in ("auto", "eager"):
+        raise ValueError(
+            f"backend({current_backend()!r}) does not support {feature}: use backend('auto') or backend('eager')"
+        )
+
+
 def _beyond_kernels(weights: bool) -> str | None:
     """What a call asks for that only eager attention has."""
     if weights:

@@ -34,6 +34,10 @@ def test_identity_round_trip_and_causality(name, tmp_path):
             ids, other = batch["input_ids"], batch["input_ids"].clone()
             other[:, 6:] = (other[:, 6:] + 11) % 50 + 3
             torch.testing.assert_close(model(ids).logits[:, :6], model(other).logits[:, :6], rtol=1e-4, atol=1e-4)
+        if ZOO[name].seq2seq:
+            other = {**batch, "decoder_input_ids": batch["decoder_input_ids"].clone()}
+            other["decoder_input_ids"][:, -1] = 7
+            torch.testing.assert_close(model(**other).logits[:, :-1], changed[:, :-1], rtol=1e-4, atol=1e-4)
         model.save_pretrained(tmp_path)
         reloaded = type(model).from_pretrained(tmp_path)
         torch.testing.assert_close(reloaded(**batch)[0], changed)

@@ -1,5 +1,7 @@
 """Mixed precision as people train with it: autocast, gradient checkpointing, no cache, any trainer."""
 
+import math
+
 import pytest
 import torch
 from test_architectures import randomised
@@ -89,6 +91,8 @@ def test_a_training_step_is_stocks_within_the_types_rounding(name, dtype):
     batch = zoo_inputs(name)
     stock, exact = trained(zoo_model(name), batch, dtype), trained(zoo_model(name), batch, None)
     loss, gradients = trained(patch_model(zoo_model(name)), batch, dtype)
+    if not math.isfinite(stock[0]):  # LongT5's own float16
+        stock = exact
     assert abs(loss - exact[0]) <= 4 * abs(stock[0] - exact[0]) + 4 * RELATIVE[dtype] * abs(exact[0])
     for key in stock[1]:
         errors = [relative_error(x[key], exact[1][key]) for x in (gradients, stock[1])]

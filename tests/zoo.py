@@ -19,6 +19,10 @@ _SEQ2SEQ = {
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None,
 }  # fmt: skip
+_T5 = {
+    "vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,27 @@ ZOO = {
     "GptOssForCausalLM": Entry(
         "GptOssConfig", {**_GROUPED, **_WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1}
     ),
+    "DeepseekV32ForCausalLM": Entry(
+        "DeepseekV32Config",
+        {
+            **_TEXT,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "index_topk": 4,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+        },
+    ),  # selects keys
     "SmolLM3ForCausalLM": Entry("SmolLM3Config", _GROUPED),
     "OPTForCausalLM": Entry("OPTConfig", {**_TEXT, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     "GPTBigCodeForCausalLM": Entry(
@@ -80,6 +105,18 @@ ZOO = {
     "BartForConditionalGeneration": Entry("BartConfig", _SEQ2SEQ, seq2seq=True),
     "M2M100ForConditionalGeneration": Entry("M2M100Config", _SEQ2SEQ, seq2seq=True),
     "PegasusForConditionalGeneration": Entry("PegasusConfig", _SEQ2SEQ, seq2seq=True),
+    # written for additive masks that are always there
+    "NllbMoeForConditionalGeneration": Entry("NllbMoeConfig", {**_SEQ2SEQ, "num_experts": 2}, seq2seq=True),
+    "PegasusXForConditionalGeneration": Entry(
+        "PegasusXConfig", {**_SEQ2SEQ, "block_size": 4, "num_global_tokens": 2}, seq2seq=True
+    ),
+    "BigBirdPegasusForConditionalGeneration": Entry(
+        "BigBirdPegasusConfig", {**_SEQ2SEQ, "attention_type": "original_full"}, seq2seq=True
+    ),
+    "SwitchTransformersForConditionalGeneration": Entry(
+        "SwitchTransformersConfig", {**_T5, "num_experts": 2}, seq2seq=True
+    ),
+    "LongT5ForConditionalGeneration": Entry("LongT5Config", {**_T5, "local_radius": 3}, seq2seq=True),
 }
 _OLD = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 #: Models whose attention does not go through the AttentionInterface.

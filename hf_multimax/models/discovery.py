@@ -22,7 +22,7 @@ from hf_multimax.models.exceptions import (
 )
 from hf_multimax.models.generated import stock_of
 
-__all__ = ["Layers", "attention_layers", "code_names", "find_layers", "head_count", "select_layers"]
+__all__ = ["Layers", "attention_layers", "code_names", "find_layers", "head_count", "methods", "select_layers"]
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 #: What attention is computed by outside the interface.
@@ -164,7 +164,7 @@ def _computes_attention(cls: type) -> bool:
 @functools.cache
 def _computes_softmax(cls: type) -> bool:
     if not cls.__module__.startswith("torch."):
-        for function in _methods(cls):
+        for function in methods(cls):
             names = set(_names(function.__code__))
             if names & _SOFTMAX:
                 return True
@@ -175,7 +175,7 @@ def _computes_softmax(cls: type) -> bool:
     return False
 
 
-def _methods(cls: type) -> Iterator[FunctionType]:
+def methods(cls: type) -> Iterator[FunctionType]:
     """The functions of a class and of those it is derived from, PyTorch's not included."""
     for base in cls.__mro__:
         if not base.__module__.startswith("torch.") and base is not object:

@@ -4,7 +4,7 @@
 #: another part of the call already contains (the mask holds the sliding window).
 HANDLED_KEYWORDS = frozenset(
     {"query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "position_bias", "softcap", "s_aux"}
-    | {"sinks", "sliding_window", "cache"}
+    | {"sinks", "sliding_window", "cache", "indices", "block_indices"}
 )
 
 #: Keywords that only other implementations need: packing hints for flash attention, whose masks say the same, and

@@ -1,11 +1,15 @@
 """Which masks a patched model's layers get, by what its code was written for."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
+
+from hf_multimax.models.discovery import methods
+from hf_multimax.models.generated import stock_of
 
 __all__ = ["ADDITIVE", "FULL", "attention_mask", "mask_kinds", "owner_of"]
 
@@ -39,14 +43,28 @@ def mask_kinds(
     """
     kinds: dict[int, str] = {}
     for name, layer in layers.items():
-        if not hasattr(layer, "is_causal"):  # only the mask can then say that it is
+        # a layer that does not say that it is causal, or reads its mask, needs one
+        if not hasattr(layer, "is_causal") or _asks_for_sdpa(stock_of(type(layer))):
             kinds[id(owner_of(model, name).config)] = FULL
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and _asks_for_sdpa(stock_of(type(part))):
+            kinds[id(part.config)] = FULL
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and _reads_additive_masks(type(part)):
             kinds[id(part.config)] = ADDITIVE
     for name in outside:
         kinds[id(owner_of(model, name).config)] = ADDITIVE
     return kinds
+
+
+@functools.cache
+def _asks_for_sdpa(cls: type[nn.Module]) -> bool:
+    """Whether code of a class does something else under SDPA, by its name: it knows where masks may be missing."""
+    return any(
+        "_attn_implementation" in code.co_names and "sdpa" in str(code.co_consts)
+        for function in methods(cls)
+        for code in [function.__code__]
+    )
 
 
 def owner_of(model: PreTrainedModel, name: str) -> PreTrainedModel:
