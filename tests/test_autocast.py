@@ -96,7 +96,7 @@ def test_a_training_step_is_stocks_within_the_types_rounding(name, dtype):
     assert abs(loss - exact[0]) <= 4 * abs(stock[0] - exact[0]) + 4 * RELATIVE[dtype] * abs(exact[0])
     for key in stock[1]:
         errors = [relative_error(x[key], exact[1][key]) for x in (gradients, stock[1])]
-        assert errors[0] <= 4 * errors[1] + 8 * RELATIVE[dtype], (key, errors)
+        assert errors[0] <= 4 * errors[1] + 16 * RELATIVE[dtype], (key, errors)
     ours = [value for key, value in gradients.items() if "multimax" in key]
     assert ours and all(value.dtype == torch.float32 and value.isfinite().all() for value in ours)
 
