@@ -317,10 +317,10 @@ def _in_tiles(q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor | None, w
     """Whether a normalizer other than MultiMax runs in tiles, which bound the memory."""
     # a finite additive mask would have to come between the normalizer's two steps
     possible = not weights_wanted and sinks is None and (mask is None or mask.dtype == torch.bool)
-    possible = possible and not differentiated_by_functions() and not exporting()
+    possible = possible and not differentiated_by_functions()
     if current_backend() == "tiled":
         return possible
-    return possible and current_backend() == "auto" and not tiles_are_slower(q, k)
+    return possible and current_backend() == "auto" and not exporting() and not tiles_are_slower(q, k)
 
 
 def _weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -74,7 +74,7 @@ def choose_kernel(
                 f"backend({_backend!r}) does not support {missing}: use backend('auto') or backend('eager')"
             )
         return kernel
-    if unusual:
+    if unusual or exporting():
         return None
     kernel = _PREFERRED.get(q.device.type)
     runs_here = kernel is not None and (kernel is not native or _native_is_available())
@@ -95,8 +95,6 @@ def _beyond_kernels(weights: bool) -> str | None:
     """What a call asks for that only eager attention has."""
     if weights:
         return "returning attention weights"
-    if exporting():
-        return "being exported"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward derivatives"
     return "the derivatives of torch.func" if differentiated_by_functions() else None

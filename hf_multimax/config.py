@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 #: Beyond it, scores of a few hundred overflow float32.
 MAX_ORDER = 16
+#: Fields of later versions, and their defaults.
+_ADDED = {"outside": "softmax"}
 _MAX_PATTERN = 300
 _MAX_REPEATS = 4
 
@@ -89,8 +91,12 @@ class MultiMaxConfig:
         return new
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict of JSON types, with the keys of a newer version that ``from_dict`` did not know."""
+        """A plain dict of JSON types, with the keys of a newer version that ``from_dict`` did not know.
+
+        A field that the first version did not have is left out at its default: older versions then know every key.
+        """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {name: value for name, value in values.items() if _ADDED.get(name, self) != value}
         return json.loads(json.dumps({**self._unknown, **values}))
 
     @classmethod

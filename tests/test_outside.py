@@ -236,4 +236,8 @@ def test_encoder_layers_of_pytorch_are_refused():
 def test_a_checkpoint_says_that_its_softmax_is_answered(tmp_path):
     patch_model(zoo_model("BloomForCausalLM")).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.multimax["outside"] == "softmax"
+    assert "outside" not in loaded.config.multimax  # older versions know every key
+    with pytest.raises(ValueError, match="AttentionInterface"):
+        patch_model(zoo_model("BloomForCausalLM"), outside="refuse")
+    patch_model(zoo_model("LlamaForCausalLM"), outside="refuse").save_pretrained(tmp_path / "refuse")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "refuse").config.multimax["outside"] == "refuse"

@@ -8,6 +8,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.state import AcceleratorState
 from test_architectures import randomised
 from zoo import zoo_inputs, zoo_model
 
@@ -102,6 +103,10 @@ def test_wrappers_pass(name):
     assert torch.equal(model(**batch).loss, expected) and calls == [1]
     remove_hook_from_module(model)
     del model.forward
-    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
-    assert "forward" in vars(prepared)
-    torch.testing.assert_close(prepared(**batch).loss, expected, rtol=0.02, atol=0.02)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+        assert "forward" in vars(prepared)
+        torch.testing.assert_close(prepared(**batch).loss, expected, rtol=0.02, atol=0.02)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -99,6 +99,8 @@ def prepare_base(base: nn.Module, adapter: Any, hub: dict[str, Any], state_dict:
     if not carried and record is None:
         return
     own = {layer for layer, _ in named_normalizers(base)}
+    if not own and "multimax" in vars(getattr(base, "config", None) or base):
+        return  # a stock class on the way to find out that its checkpoint is a MultiMax one
     if not own:
         _patch(base, adapter, record, carried)
         own = {layer for layer, _ in named_normalizers(base)}

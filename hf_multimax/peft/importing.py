@@ -24,22 +24,26 @@ class _Waiting(importlib.abc.MetaPathFinder):
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.name, self.action = name, action
+        self._asking = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)  # not installed yet
-            return None
-        spec.loader = _Loader(spec.loader, self.action)
+        self._asking = True  # the other finders
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: Any, action: Callable[[ModuleType], None]) -> None:
-        self._loader, self._action = loader, action
+    """Loads the module, which somebody may only have asked for, and ends the waiting."""
+
+    def __init__(self, loader: Any, waiting: _Waiting) -> None:
+        self._loader, self._waiting = loader, waiting
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -47,4 +51,6 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self._loader  # what asks for it later finds the usual one
         self._loader.exec_module(module)
-        self._action(module)
+        if self._waiting in sys.meta_path:
+            sys.meta_path.remove(self._waiting)
+            self._waiting.action(module)
