@@ -63,6 +63,10 @@ def test_a_patched_model_is_the_definition_in_float64(name, options):
     with backend("eager"):
         results = run(model, batch)
     for found, in_float32, in_float64 in zip(results, run(plain, batch), run(exact, batch)):
+        nothing = [key for key, value in in_float64.items() if value.abs().max() < 1e-12]
+        for key in nothing:  # sums that cancel: the gradient of a bias that all classes share
+            assert found.pop(key).abs().max() < 1e-6
+            del in_float32[key], in_float64[key]
         assert_none_worse(found, in_float32, in_float64, name)
         wrong = {key: relative_error(found[key], in_float64[key]) for key in found}
         assert max(wrong.values()) < 1e-2, wrong
