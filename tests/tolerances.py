@@ -37,14 +37,16 @@ def assert_draws_no_worse(actual: list[float], plain: list[float], what: str = "
     assert error <= 2 * allowed, f"{what}: mean relative error {error:.3g} > {2 * allowed:.3g}"
 
 
+def root_mean_square_error(actual: dict, reference: dict) -> float:
+    """Of the relative errors of many tensors together."""
+    assert actual.keys() == reference.keys()
+    return (sum(relative_error(actual[key], reference[key]) ** 2 for key in reference) / max(len(reference), 1)) ** 0.5
+
+
 def assert_none_worse(actual: dict, plain: dict, reference: dict, what: str = "") -> None:
     """The same of many tensors together, by the root mean square of their errors: one alone errs by luck."""
-    assert actual.keys() == plain.keys() == reference.keys()
-    errors = [
-        sum(relative_error(tensors[key], reference[key]) ** 2 for key in reference) / max(len(reference), 1)
-        for tensors in (actual, plain)
-    ]
-    error, allowed = errors[0] ** 0.5, 2 * errors[1] ** 0.5 + 1e-6
+    error, allowed = (root_mean_square_error(tensors, reference) for tensors in (actual, plain))
+    allowed = 2 * allowed + 1e-6
     assert error <= allowed, f"{what}: root mean square relative error {error:.3g} > {allowed:.3g}"
 
 
