@@ -227,11 +227,11 @@ def test_an_attention_keyword_that_is_not_supported_is_named():
             from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
             interface = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
-            return interface(self, q, k, v, mask, scaling=1.0, block_indices=None)
+            return interface(self, q, k, v, mask, scaling=1.0, sparse_plan=None)
 
     model = make("GPT2LMHeadModel")
     model.transformer.h[1].attn = Attention()
-    with pytest.raises(ValueError, match=r"h\.1\.attn.*block_indices"):
+    with pytest.raises(ValueError, match=r"h\.1\.attn.*sparse_plan"):
         patch_model(model)
     assert_untouched(model)
 

@@ -36,7 +36,7 @@ from hf_multimax.models.configs import (
     stock_copy,
 )
 from hf_multimax.models.divergence import watch
-from hf_multimax.models.generated import make_class
+from hf_multimax.models.generated import make_class, register
 from hf_multimax.models.loader_file import write_loader
 from hf_multimax.models.masks import attention_mask
 from hf_multimax.models.output import modulated_forward
@@ -300,7 +300,7 @@ def _register_models(stock: type[PreTrainedConfig], generated: type[PreTrainedCo
         if mapping is not None and stock in mapping:
             value = mapping[stock]
             models = tuple(map(model_class, value)) if isinstance(value, tuple | list) else model_class(value)
-            mapping.register(generated, models, exist_ok=True)
+            register(mapping, generated, models)
 
 
 class MultiMaxAutoConfig(PreTrainedConfig):

@@ -30,7 +30,7 @@ from hf_multimax.models.checkpoint import (
     implementation_refused,
     native_form,
 )
-from hf_multimax.models.generated import make_class, stock_of
+from hf_multimax.models.generated import make_class, register, stock_of
 
 __all__ = [
     "MultiMaxConfigMixin",
@@ -157,7 +157,7 @@ def _register_processors(stock: type[PreTrainedConfig], generated: type[PreTrain
         processing_auto.PROCESSOR_MAPPING,
     ):
         if stock in mapping:
-            mapping.register(generated, mapping[stock], exist_ok=True)
+            register(mapping, generated, mapping[stock])
 
 
 @functools.cache

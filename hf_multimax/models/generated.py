@@ -7,7 +7,7 @@ shifts and import lists.
 import copyreg
 from typing import Any
 
-__all__ = ["make_class", "stock_of"]
+__all__ = ["make_class", "register", "stock_of"]
 
 
 class _Generated(type):
@@ -30,6 +30,15 @@ def make_class(mixin: type, stock: type, maker: Any, namespace: dict[str, Any]) 
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
     own = {"stock_class": stock, "_multimax_maker": staticmethod(maker)}
     return meta(stock.__name__, (mixin, stock), {**names, **own, **namespace})
+
+
+def register(mapping: Any, config: type, value: Any) -> None:
+    """Register with an Auto class's mapping what it makes of a generated config class.
+
+    Before 5.16, ``register`` leaves out whatever is called a class of Transformers.
+    """
+    mapping.register(config, value, exist_ok=True)
+    mapping._extra_content[config] = value
 
 
 def stock_of(cls: type) -> Any:

@@ -43,14 +43,13 @@ def mask_kinds(
     """
     kinds: dict[int, str] = {}
     for name, layer in layers.items():
-        # a layer that does not say that it is causal, or reads its mask, needs one
-        if not hasattr(layer, "is_causal") or _asks_for_sdpa(stock_of(type(layer))):
+        if not hasattr(layer, "is_causal"):  # only the mask can then say that it is
             kinds[id(owner_of(model, name).config)] = FULL
+    for name, layer in layers.items():
+        if _asks_for_sdpa(stock_of(type(layer))):
+            kinds[id(owner_of(model, name).config)] = ADDITIVE
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and _asks_for_sdpa(stock_of(type(part))):
-            kinds[id(part.config)] = FULL
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and _reads_additive_masks(type(part)):
+        if isinstance(part, PreTrainedModel) and _reads_additive_masks(stock_of(type(part))):
             kinds[id(part.config)] = ADDITIVE
     for name in outside:
         kinds[id(owner_of(model, name).config)] = ADDITIVE
@@ -59,7 +58,8 @@ def mask_kinds(
 
 @functools.cache
 def _asks_for_sdpa(cls: type[nn.Module]) -> bool:
-    """Whether code of a class does something else under SDPA, by its name: it knows where masks may be missing."""
+    """Whether code of a class does something else under SDPA, by its name: it reads masks, or knows where one may be
+    missing, and takes any other name for eager attention."""
     return any(
         "_attn_implementation" in code.co_names and "sdpa" in str(code.co_consts)
         for function in methods(cls)
@@ -78,8 +78,9 @@ def owner_of(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def _reads_additive_masks(cls: type[PreTrainedModel]) -> bool:
-    """Whether a class was written for eager attention's masks alone.
+    """Whether a class was written for eager attention's masks, alone or where it does not know better.
 
     Some that do not take SDPA (it has no soft-capping, no sinks) do take masks of any kind, and say so.
     """
-    return not (cls._supports_sdpa or (cls._supports_attention_backend and cls._supports_flex_attn))
+    takes_any = cls._supports_sdpa or (cls._supports_attention_backend and cls._supports_flex_attn)
+    return not takes_any or _asks_for_sdpa(cls)

@@ -13,8 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -27,6 +28,7 @@ __all__ = ["RECORD", "prepare_base", "wrap_peft", "wrap_transformers", "write_re
 
 #: The file beside an adapter that says what its base was.
 RECORD = "multimax_config.json"
+_PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 #: What must be the same in two MultiMax models for one to take the other's scalars.
@@ -42,8 +44,10 @@ def wrap_transformers() -> None:
     @functools.wraps(stock)
     def load_adapter(self: PreTrainedModel, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         hub = {**(kwargs.get("adapter_kwargs") or {}), **{k: kwargs[k] for k in _HUB_ARGUMENTS if kwargs.get(k)}}
-        prepare_base(self, peft_model_id, hub, kwargs.get("adapter_state_dict"))
-        return stock(self, peft_model_id, *args, **kwargs)
+        scalars = prepare_base(self, peft_model_id, hub, kwargs.get("adapter_state_dict"))
+        result = stock(self, peft_model_id, *args, **kwargs)
+        _put(self, scalars, (args[0] if args else kwargs.get("adapter_name")) or "default")
+        return result
 
     load_adapter._multimax_door = True
     PreTrainedModel.load_adapter = load_adapter
@@ -56,8 +60,10 @@ def wrap_peft(peft: ModuleType) -> None:
 
     @functools.wraps(load)
     def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        prepare_base(self.get_base_model(), model_id, kwargs)
-        return load(self, model_id, *args, **kwargs)
+        scalars = prepare_base(self.get_base_model(), model_id, kwargs)
+        result = load(self, model_id, *args, **kwargs)
+        _put(self.get_base_model(), scalars, args[0] if args else kwargs["adapter_name"])
+        return result
 
     @functools.wraps(from_pretrained.__func__)
     def wrapped_from_pretrained(cls: type, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
@@ -84,23 +90,29 @@ def write_record(base: nn.Module, folder: Path) -> None:
         (folder / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def prepare_base(base: nn.Module, adapter: Any, hub: dict[str, Any], state_dict: dict[str, Any] | None = None) -> None:
+def prepare_base(
+    base: nn.Module, adapter: Any, hub: dict[str, Any], state_dict: dict[str, Any] | None = None
+) -> dict[str, Tensor]:
     """Make ``base`` what an adapter needs, before anything is put into it.
+
+    Returns:
+        The adapter's scalars, by the names of its file.
 
     Raises:
         ValueError: if the adapter carries scalars that the base cannot take, or was trained on a MultiMax model whose
             scalars it does not carry and the base does not have.
     """
     if adapter is None and state_dict is None:
-        return
+        return {}
     hub = {key: hub[key] for key in _HUB_ARGUMENTS if hub.get(key)}
     record = None if adapter is None else _record(adapter, hub)
-    carried = {_layer(key) for key in (state_dict or _keys(adapter, hub)) if is_multimax_key(key)}
+    scalars = _scalars(adapter, hub) if state_dict is None else _only_scalars(state_dict)
+    carried = {_layer(key) for key in scalars}
     if not carried and record is None:
-        return
+        return {}
     own = {layer for layer, _ in named_normalizers(base)}
     if not own and "multimax" in vars(getattr(base, "config", None) or base):
-        return  # a stock class on the way to find out that its checkpoint is a MultiMax one
+        return {}  # a stock class on the way to find out that its checkpoint is a MultiMax one
     if not own:
         _patch(base, adapter, record, carried)
         own = {layer for layer, _ in named_normalizers(base)}
@@ -118,6 +130,22 @@ def prepare_base(base: nn.Module, adapter: Any, hub: dict[str, Any], state_dict:
             f"the adapter {str(adapter)!r} carries MultiMax scalars for layers that the base has none in: "
             f"{', '.join(homeless[:6])}. Patch it as the adapter's base was"
         )
+    return scalars
+
+
+def _put(base: nn.Module, scalars: dict[str, Tensor], adapter: str) -> None:
+    """See to it that an adapter that was loaded has its scalars, which not every version of Transformers puts in."""
+    for key, value in scalars.items():
+        place, _, entry = key.removeprefix(_PREFIX).rpartition(".")
+        copies = getattr(base.get_submodule(place), "modules_to_save", {})
+        if adapter not in copies:
+            raise ValueError(
+                f"the adapter {adapter!r} carries {key}, but its adapter_config.json does not list that module under "
+                "modules_to_save, so that it is not in use: add 'multimax' there"
+            )
+        parameter = copies[adapter].get_parameter(entry)
+        with torch.no_grad():
+            parameter.copy_(value)
 
 
 def _patch(base: nn.Module, adapter: Any, record: dict[str, Any] | None, carried: set[str]) -> None:
@@ -148,11 +176,16 @@ def _record(adapter: Any, hub: dict[str, Any]) -> dict[str, Any] | None:
         raise ValueError(f"{RECORD} of the adapter {str(adapter)!r} is damaged: {error!r}") from error
 
 
-def _keys(adapter: Any, hub: dict[str, Any]) -> Iterator[str]:
+def _scalars(adapter: Any, hub: dict[str, Any]) -> dict[str, Tensor]:
     file = _file(adapter, _WEIGHTS, hub)
-    if file is not None:
-        with safe_open(file, framework="pt") as weights:
-            yield from weights.keys()
+    if file is None:
+        return {}
+    with safe_open(file, framework="pt") as weights:
+        return {key: weights.get_tensor(key) for key in weights.keys() if is_multimax_key(key)}  # noqa: SIM118
+
+
+def _only_scalars(state_dict: dict[str, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in state_dict.items() if is_multimax_key(key)}
 
 
 def _file(adapter: Any, name: str, hub: dict[str, Any]) -> str | None:
@@ -168,7 +201,7 @@ def _file(adapter: Any, name: str, hub: dict[str, Any]) -> str | None:
 
 def _layer(key: str) -> str:
     """The layer of a scalar of an adapter's file, as ``named_normalizers`` calls it."""
-    layer = key.removeprefix("base_model.model.").rpartition(".")[0]
+    layer = key.removeprefix(_PREFIX).rpartition(".")[0]
     return layer.removesuffix(".multimax")
 
 
