@@ -141,11 +141,6 @@ class MultiMaxMixin:
         super().initialize_weights()
 
     @classmethod
-    def is_custom_code(cls) -> bool:
-        # Native weight conversion applies to the weights underneath.
-        return cls.stock_class.is_custom_code() if hasattr(cls.stock_class, "is_custom_code") else False
-
-    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: Any,
