@@ -157,6 +157,11 @@ def run(attention: Callable, tensors: dict[str, Tensor], options: dict, grad: Te
     return {"out": out.detach(), **dict(zip(leaves, found))}
 
 
+def doubled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same in float64."""
+    return {name: x.double() for name, x in tensors.items()}
+
+
 def check(attention: Callable, case: Case, dtype: torch.dtype = torch.float32, draws: int = 24) -> None:
     """Compare ``attention`` with the float64 reference, and with what the plain computation of the same type errs.
 
@@ -186,7 +191,7 @@ def _results(attention: Callable, case: Case, dtype: torch.dtype) -> tuple[dict[
     for name, value in actual.items():
         assert value.dtype == (dtype if name == "out" else tensors[name].dtype), name
         assert value.isfinite().all(), name
-    exact = run(reference, {name: x.double() for name, x in tensors.items()}, options, grad.double())
+    exact = run(reference, doubled(tensors), options, grad.double())
     return actual, run(_in_type(dtype), tensors, options, grad), exact
 
 
