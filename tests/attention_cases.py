@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_multimax.functional import masked_softmax, modulate
-from tests.tolerances import ATTENTION, assert_draws_no_worse, assert_no_worse, relative_error
+from tests.tolerances import ATTENTION, RELATIVE, assert_close, assert_draws_no_worse, assert_no_worse, relative_error
 
 
 def reference(
@@ -181,6 +181,21 @@ def check(attention: Callable, case: Case, dtype: torch.dtype = torch.float32, d
             both[1].append(relative_error(plain[name], exact[name]))
     for name, both in errors.items():
         assert_draws_no_worse(*both, f"{case.name}: {name}")
+
+
+def check_half(attention: Callable, case: Case, dtype: torch.dtype) -> None:
+    """Compare one draw of an ordinary call in half precision with float64.
+
+    Weights and score gradients are rounded before the products, and what is stored in half precision once more. The
+    gradients of parameters, masks and biases, which are float32, are as good as in float32.
+    """
+    actual, _, exact = _results(attention, case, dtype)
+    for name, found in actual.items():
+        tolerance = 4 * RELATIVE[dtype] if found.dtype == dtype else ATTENTION.get(name, 1e-5)
+        if exact[name].abs().max() < 1e-6:  # nothing but rounding, as the gradient of the only key
+            assert found.abs().max() < 1e-5, f"{case.name}: {name}"
+        else:
+            assert_close(found, exact[name], tolerance, f"{case.name}: {name}")
 
 
 def _results(attention: Callable, case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], ...]:

@@ -1,0 +1,190 @@
+"""``benchmarks/gpu.sh``: how it runs cases and keeps what they gave, and all of it with sizes of a few rows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import summary
+from benchmarks.gpu.results import StepResults, slug
+
+ROOT = Path(__file__).parents[1]
+MADE_UP = Path(__file__).with_name("made_up_gpu_run.py")
+
+
+def start(folder: Path, cases: str, *arguments: str, **environment: str) -> subprocess.Popen:
+    """Start the script on made-up cases."""
+    environment = {"MADE_UP_CASES": cases, "MADE_UP_MARKER": str(folder / "marker"), **environment}
+    return subprocess.Popen(
+        [sys.executable, str(MADE_UP), "--results", str(folder), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(folder: Path, cases: str, *arguments: str, **environment: str) -> tuple[int, str]:
+    """Run it to its end: its exit code and what it printed."""
+    process = start(folder, cases, *arguments, **environment)
+    out, errors = process.communicate(timeout=100)
+    assert not errors, errors
+    return process.returncode, out
+
+
+def rows(folder: Path) -> dict[str, dict]:
+    content = json.loads((folder / "made-up-gpu-1" / "made_up.json").read_text())
+    return {row["case"]: row for row in content["rows"]}
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def gone(pids: set[int]) -> bool:
+    """Whether all of them end soon."""
+    deadline = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+# -- cases that fail ---------------------------------------------------------------------------------------------------
+
+
+def test_what_fails_costs_itself_alone(tmp_path):
+    names = ["takes_its_time1", "raises", "dies", "is_noisy", "hangs", "skips", "takes_its_time2"]
+    code, out = run(tmp_path, ",".join(names))
+    found = rows(tmp_path)
+    assert code == 1 and list(found) == names
+    statuses = {name: row["status"] for name, row in found.items()}
+    assert [name for name in names if statuses[name] == "passed"] == ["takes_its_time1", "is_noisy", "takes_its_time2"]
+    assert statuses["skips"] == "skipped" and found["skips"]["error"] == "no such thing here"
+    assert found["raises"]["error"] == "ValueError: this one" and "is wrong" in found["raises"]["traceback"]
+    assert found["dies"]["error"] == "the process was killed by signal 9: the last words"
+    assert found["hangs"]["error"] == "took longer than 2 s and was killed" and 2 <= found["hangs"]["seconds"] < 20
+    assert found["is_noisy"]["measured"] == {"value": "nan", "values": [1.0, "inf"]}
+    for name in ("raises", "dies", "hangs"):
+        assert f"FAILED {name}: {found[name]['error']}" in out
+    assert "made_up: 3 passed, 3 failed, 1 skipped" in out and "skipped: skips: no such thing here" in out
+
+
+def test_one_process_runs_what_is_timed(tmp_path):
+    run(tmp_path, "takes_its_time1,takes_its_time2,takes_its_time3", MADE_UP_WORKERS="1")
+    assert len({row["measured"]["pid"] for row in rows(tmp_path).values()}) == 1
+    run(tmp_path, "takes_its_time1,takes_its_time2,takes_its_time3,takes_its_time4", "--again", "--workers", "2")
+    assert len({row["measured"]["pid"] for row in rows(tmp_path).values()}) == 2
+
+
+def test_processes_of_a_case_end_with_the_step(tmp_path):
+    run(tmp_path, "starts_others")
+    assert gone({rows(tmp_path)["starts_others"]["measured"]["child"]})
+
+
+def test_where_nothing_can_run_one_sentence_says_why(tmp_path):
+    code, out = run(tmp_path, "raises", MADE_UP_BROKEN="1")
+    assert code == 1 and "made_up: nothing\n  could not run: RuntimeError: nothing to run on" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["--device", "cpu"], ["--steps", "nonsense"], ["--again", "nonsense"]])
+def test_mistakes_are_named(arguments):
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and ("--tiny" in done.stderr or "nonsense" in done.stderr)
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_next_run_tries_again_what_failed_and_keeps_what_passed(tmp_path):
+    cases = "takes_its_time1,fails_once,takes_its_time2"
+    assert run(tmp_path, cases)[0] == 1
+    first = rows(tmp_path)
+    code, out = run(tmp_path, cases)
+    second = rows(tmp_path)
+    assert code == 0 and "1 of 3 cases" in out
+    assert second["fails_once"]["status"] == "passed"
+    assert all(second[name] == first[name] for name in ("takes_its_time1", "takes_its_time2"))
+    code, out = run(tmp_path, cases, "--again", "made_up")
+    assert code == 0 and "3 of 3 cases" in out
+    assert rows(tmp_path)["takes_its_time1"] != first["takes_its_time1"]
+
+
+def test_a_case_that_is_gone_leaves_no_row(tmp_path):
+    run(tmp_path, "takes_its_time1,skips")
+    run(tmp_path, "takes_its_time2,takes_its_time1")
+    assert list(rows(tmp_path)) == ["takes_its_time2", "takes_its_time1"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_cut_off_keeps_what_it_had_and_the_next_goes_on(tmp_path, after, number):
+    names = [f"takes_its_time{i}" for i in range(8)]
+    process = start(tmp_path, ",".join(names), MADE_UP_WORKERS="1")
+    path = tmp_path / "made-up-gpu-1" / "made_up.json"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (path.exists() and len(rows(tmp_path)) >= after):
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    before = rows(tmp_path)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 143)
+    assert after <= len(before) < len(names)
+    if number == signal.SIGTERM:  # there is time to sum up
+        assert f"made_up: {f'{len(before)} passed, ' if before else ''}{8 - len(before)} not reached" in out
+    assert gone({row["measured"]["pid"] for row in before.values()})
+    code, out = run(tmp_path, ",".join(names))
+    assert code == 0 and f"{8 - len(before)} of 8 cases" in out
+    assert list(rows(tmp_path)) == names
+    assert all(rows(tmp_path)[name] == row for name, row in before.items())
+    assert [p.name for p in path.parent.iterdir()] == ["made_up.json"]
+
+
+def test_time_that_is_up_leaves_the_rest_for_the_next_run(tmp_path):
+    names = ",".join(f"takes_its_time{i}" for i in range(40))
+    begun = time.monotonic()
+    code, out = run(tmp_path, names, "--minutes", "0.05")
+    assert code == 0 and "not reached" in out and time.monotonic() - begun < 30
+    assert 0 < len(rows(tmp_path)) < 40
+
+
+def test_what_was_measured_before_is_gone_on_with_elsewhere(tmp_path):
+    seed, folder = tmp_path / "seed", tmp_path / "new"
+    old = StepResults("correctness", seed)
+    old.begin(["a", "b"], {"commit": "first"})
+    old.enter("a", {"status": "passed", "measured": {}})
+    new = StepResults("correctness", folder, seed)
+    new.begin(["a", "b"], {"commit": "second"})
+    new.enter("b", {"status": "passed", "measured": {}})
+    content = json.loads((folder / "correctness.json").read_text())
+    assert [(row["case"], row["commit"]) for row in content["rows"]] == [("a", "first"), ("b", "second")]
+    assert content["environment"] == {"commit": "second"}
+    assert "1 measured at another commit" in summary.summary([new], 1.0)
+    (folder / "correctness.json").write_text("{")
+    with pytest.raises(ValueError, match="correctness.json is not a file of results: remove it"):
+        StepResults("correctness", folder)
+
+
+def test_results_say_nothing_of_where_they_came_from(tmp_path):
+    results = StepResults("correctness", tmp_path)
+    results.begin(["a"], {})
+    trace = f'File "{ROOT}/benchmarks/x.py"\nFile "{sys.prefix}/lib/y.py"\nFile "{Path.home()}/z.py"'
+    results.enter("a", {"status": "failed", "error": f"no {ROOT}/file", "traceback": trace})
+    text = results.path.read_text()
+    assert str(ROOT) not in text and f"{sys.prefix}/" not in text and str(Path.home()) not in text
+    assert "benchmarks/x.py" in text
+
+
+def test_a_gpu_has_a_folder_of_a_plain_name():
+    assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert slug("Tesla T4 (rev. a1)") == "tesla-t4-rev-a1"
