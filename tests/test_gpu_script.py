@@ -1,5 +1,6 @@
 """``benchmarks/gpu.sh``: how it runs cases and keeps what they gave, and all of it with sizes of a few rows."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -9,11 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import summary
+from benchmarks.gpu.plan import STEPS
+from benchmarks.gpu.pool import Pool, worker_command
 from benchmarks.gpu.results import StepResults, slug
 
 ROOT = Path(__file__).parents[1]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 MADE_UP = Path(__file__).with_name("made_up_gpu_run.py")
 
 
@@ -188,3 +193,88 @@ def test_results_say_nothing_of_where_they_came_from(tmp_path):
 def test_a_gpu_has_a_folder_of_a_plain_name():
     assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert slug("Tesla T4 (rev. a1)") == "tesla-t4-rev-a1"
+
+
+# -- the steps themselves, with sizes of a few rows --------------------------------------------------------------------
+
+#: What the script must do without: all that PyTorch and Transformers can do without.
+OPTIONAL = (
+    "accelerate", "adasplash", "datasets", "entmax", "evaluate", "hypothesis", "jinja2", "liger_kernel", "matplotlib",
+    "pandas", "peft", "PIL", "psutil", "pytest", "sacrebleu", "scipy", "sentencepiece", "sklearn", "torchvision",
+)  # fmt: skip
+HIDDEN = f"""
+from importlib import machinery
+find_spec = machinery.PathFinder.find_spec
+
+
+def find_others(cls, name, path=None, target=None):
+    return None if name.split(".")[0] in {OPTIONAL!r} else find_spec(name, path, target)
+
+
+machinery.PathFinder.find_spec = classmethod(find_others)
+"""
+
+
+@pytest.fixture
+def script_environment(tmp_path):
+    """The environment of the script, with the optional packages there or hidden."""
+
+    def environment(hide: bool) -> dict[str, str]:
+        found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        found["PYTHON"] = sys.executable
+        if hide:
+            (tmp_path / "sitecustomize.py").write_text(HIDDEN)
+            found["PYTHONPATH"] = str(tmp_path)
+        return found
+
+    return environment
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("hide", [False, True], ids=["all packages", "without optional ones"])
+def test_everything_runs_with_tiny_sizes(hide, script_environment, tmp_path):
+    if hide:
+        command = [sys.executable, "-c", "import entmax"]
+        assert subprocess.run(command, env=script_environment(hide), capture_output=True).returncode == 1
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--tiny", "--device", "cpu", "--results", "results"]
+    done = subprocess.run(command, cwd=tmp_path, env=script_environment(hide), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "results" / "cpu"
+    assert {path.name for path in folder.iterdir()} == {f"{step.name}.json" for step in STEPS}
+    for step in STEPS:
+        content = json.loads((folder / f"{step.name}.json").read_text())
+        rows = content["rows"]
+        assert rows and content["environment"]["versions"]["torch"]
+        assert all(row["status"] == "passed" or row["error"].endswith("need a GPU") for row in rows), rows
+        assert sum(row["status"] == "passed" for row in rows) > len(rows) / 2
+    assert "CUDA graph, tiles" in done.stdout and "CUDA graphs need a GPU" in done.stdout
+    assert "failed" not in done.stdout.lower() and "goals" not in done.stdout
+
+
+@needs_triton
+def test_a_machine_without_optional_packages_is_described_and_computes(script_environment, tmp_path, monkeypatch):
+    for name, value in {**script_environment(hide=True), "TRITON_INTERPRET": "1"}.items():
+        monkeypatch.setenv(name, value)
+    found = {}
+    for step, chosen in {
+        "environment": ("imports", "device", "tools", "a kernel runs"),
+        "correctness": ("float32 agrees with float64, additive half", "loss: order 1", "CUDA graph, decode"),
+    }.items():
+        with Pool(worker_command(step, "cpu", tiny=True), 200.0, time.monotonic() + 400.0) as pool:
+            assert set(chosen) < set(pool.start(1)["cases"])
+            assert pool.run(chosen, 1, found.__setitem__) == []
+    unlike = {name: row for name, row in found.items() if row["status"] != "passed"}
+    assert set(unlike) == {"device", "CUDA graph, decode"}, unlike
+    assert {row["error"] for row in unlike.values()} == {
+        "the properties of the device need a GPU", "CUDA graphs need a GPU"
+    }  # fmt: skip
+
+
+def test_without_a_gpu_one_sentence_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--steps", "environment", "--results", str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stderr
+    assert "could not run: RuntimeError: PyTorch finds no CUDA device" in done.stdout

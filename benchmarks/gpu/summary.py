@@ -60,7 +60,7 @@ def _environment(rows: Sequence[Row]) -> list[str]:
 
 def _attention(rows: Sequence[Row]) -> list[str]:
     """Ratios are to the faster of SDPA's kernels; the roof is that of the counted instructions."""
-    times = [row for row in rows if row["table"] == "attention"]
+    times = [row for row in rows if row["table"] == "rows"]
     columns = {
         "forward": "forward",
         "both": "training",
@@ -90,7 +90,7 @@ def _attention(rows: Sequence[Row]) -> list[str]:
     not_run = [f"{row['shape']}: {name}: {why}" for row in times for name, why in row["not run"].items()]
     if not_run:
         lines += ["not run:", *(f"  {line}" for line in not_run)]
-    memory = [row for row in rows if row["table"] == "attention_memory"]
+    memory = [row for row in rows if row["table"] == "memory"]
     if memory:
         lines += ["peak extra memory, MB:", table([{k: v for k, v in row.items() if k != "table"} for row in memory])]
     return lines
@@ -144,7 +144,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
 def goals(found: Sequence[StepResults]) -> list[str]:
     """A line for each goal: met, missed with the worst figure, or not measured."""
     rows = {results.step: [row["measured"] for row in results.with_status("passed")] for results in found}
-    times = [row for row in rows.get("attention", []) if row["table"] == "attention"]
+    times = [row for row in rows.get("attention", []) if row["table"] == "rows"]
     long = [row for row in times if row["keys"] >= _LONG and row["queries"] > 1]
     steps = rows.get("training_step", [])
     lines = [

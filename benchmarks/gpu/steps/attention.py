@@ -74,7 +74,7 @@ def _time(shape: Shape, settings: Settings) -> dict[str, object]:
         row |= roof(row, shape, settings)
     if shape.queries == 1:
         row["called triton"] = _as_called(shape, settings)
-    return {"table": "attention", **row}
+    return {"table": "rows", **row}
 
 
 def _operations(shape: Shape, phase: str) -> float:
@@ -150,7 +150,7 @@ def _as_called(shape: Shape, settings: Settings) -> float:
 
 
 def _memory(shape: Shape, settings: Settings) -> dict[str, object]:
-    row: dict[str, object] = {"table": "attention_memory", "shape": str(shape)}
+    row: dict[str, object] = {"table": "memory", "shape": str(shape)}
     names = (SDPA, "triton", "plain") if shape.keys <= 4096 else (SDPA, "triton")
     for name in names:
         for phase, extra in peak_memory(shape, settings.device, name).items():
