@@ -77,7 +77,7 @@ def fused(p, labels, *, features=NAMES, **options):
 
 def gradients(loss: Tensor, p, names=NAMES) -> dict[str, Tensor]:
     """Of a fixed weighting of ``loss``; a scalar loss is taken times 1.5, so that the upstream factor is seen."""
-    weights = torch.linspace(-1.0, 2.0, loss.numel(), dtype=loss.dtype) if loss.ndim else loss.new_tensor(1.5)
+    weights = torch.linspace(-1.0, 2.0, loss.numel(), dtype=loss.dtype) if loss.ndim else loss.new_full((), 1.5)
     return dict(zip(names, torch.autograd.grad((loss * weights).sum(), [p[name] for name in names])))
 
 

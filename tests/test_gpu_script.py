@@ -195,6 +195,83 @@ def test_a_gpu_has_a_folder_of_a_plain_name():
     assert slug("Tesla T4 (rev. a1)") == "tesla-t4-rev-a1"
 
 
+# -- the summary -------------------------------------------------------------------------------------------------------
+
+
+def time_row(dim: int, keys: int, both: float | None, queries: int | None = None, forward: float = 1.0) -> dict:
+    """A row of the attention step as a GPU gives it."""
+    row = {"table": "rows", "shape": f"{keys} at {dim}", "dim": dim, "keys": keys, "queries": queries or keys}
+    row |= {"forward triton ms": 1.25, "forward triton": forward, "forward reference": "cudnn", "not run": {}}
+    row |= {"forward TFLOP/s": 321.0, "forward share of roof": 0.75}
+    return row if both is None else row | {"training triton": both, "training reference": "flash"}
+
+
+def finished(tmp_path: Path, step: str, measured: list[dict], failed: int = 0, missing: int = 0) -> StepResults:
+    """A step with these results."""
+    cases = [f"{step} {i}" for i in range(len(measured) + failed + missing)]
+    results = StepResults(step, tmp_path)
+    results.begin(cases, {"gpu": "Made-up GPU 1", "commit": "abc", "versions": {"torch": "2.11"}})
+    for case, values in zip(cases, measured):
+        results.enter(case, {"status": "passed", "measured": values})
+    for case in cases[len(measured) :][:failed]:
+        results.enter(case, {"status": "failed", "error": "AssertionError: out: relative error 0.5 > 1e-05"})
+    return results
+
+
+def test_goals_are_met_by_the_worst_figure_or_not_measured(tmp_path):
+    times = [time_row(128, 2048, 1.2), time_row(128, 16384, 1.26), time_row(128, 1024, 9.0), time_row(64, 4096, 1.5)]
+    times += [time_row(128, 32768, None, queries=1, forward=1.04)]
+    steps = [{"model": "GPT-2 small, 1024 tokens", "patched / stock": 1.04}]
+    found = [
+        finished(tmp_path, "correctness", [{}, {}]),
+        finished(tmp_path, "attention", times),
+        finished(tmp_path, "training_step", steps),
+    ]
+    assert summary.goals(found) == [
+        "  attention at D = 128, forward + backward, at most 1.25: missed in 1 of 2, worst 1.260 (16384 at 128)",
+        "  attention at D = 64, forward + backward, at most 1.5: met, worst 1.500 (4096 at 64)",
+        "  decoding, at most 1.05: met, worst 1.040 (32768 at 128)",
+        "  training step of DeiT-small, at most 1.05: not measured",
+        "  training step of GPT-2 small, at most 1.05: met, worst 1.040 (GPT-2 small, 1024 tokens)",
+        "  wrong results, at most 0: 0, met",
+    ]
+    assert summary.goals([])[-1] == "  wrong results, at most 0: not measured to the end"
+    unfinished = finished(tmp_path / "1", "correctness", [{}], missing=1)
+    assert summary.goals([unfinished])[-1] == "  wrong results, at most 0: not measured to the end"
+    wrong = finished(tmp_path / "2", "correctness", [{}], failed=2)
+    assert summary.goals([wrong])[-1] == "  wrong results, at most 0: 2, missed"
+
+
+def test_the_summary_fits_into_what_is_seen_of_a_long_output(tmp_path):
+    tile = {"kernel": "dq", "width": 64, "present": [128, 64, 8, 2]}
+    tiles = [tile | {"tile": [64, 64, 4, 2], "ratio": 0.9, "present ms": 1.0}, tile | {"tile": [128, 128, 8, 2]}]
+    tiles[1]["unfit"] = "OutOfResources: shared memory"
+    memory = {"table": "memory", "shape": "1x8x4096", "training sdpa MB": 12.0, "training triton MB": 14.0}
+    peers = time_row(64, 4096, 1.4) | {
+        "forward plain": 12.0,
+        "training compile": 5.0,
+        "not run": {"flex": "RuntimeError"},
+    }
+    arms = {"softmax": 3.0, "multimax": 2.9}
+    losses = [{"computation": "fused MultiMax", "time / unfused": 0.3, "load": 1.0}]
+    found = [
+        finished(tmp_path, "environment", [{"gpu": "Made-up GPU 1"}]),
+        finished(tmp_path, "correctness", [{}] * 250, failed=60),
+        finished(tmp_path, "attention", [time_row(128, 1024 + i, 1.234567) for i in range(28)] + [peers, memory]),
+        finished(tmp_path, "tiles", tiles),
+        finished(tmp_path, "training_step", [{"model": "GPT-2 small", "stock s": 0.1, "patched / stock": 1.0}] * 5),
+        finished(tmp_path, "cross_entropy", [{"rows": losses}]),
+        finished(tmp_path, "evidence", [{"bits per byte": arms}, {"bits per byte": {"softmax": 3.2, "multimax": 3.0}}]),
+    ]
+    text = summary.summary(found, 601.0)
+    assert len(text) < 12000
+    assert "correctness: 250 passed, 60 failed" in text and "... and 20 more" in text
+    assert '_LEAN["dq"][64] = Tile(64, 64, 4, 2)' in text and "OutOfResources: shared memory" in text
+    assert "multimax: 2.9500, minus softmax -0.1500 +- 0.0500 (standard error)" in text
+    for part in ("| 0.75 ", "| cudnn/flash", "flex: RuntimeError", "goals:", "they are tried again"):
+        assert part in text, part
+
+
 # -- the steps themselves, with sizes of a few rows --------------------------------------------------------------------
 
 #: What the script must do without: all that PyTorch and Transformers can do without.

@@ -20,7 +20,7 @@ class Case:
     Attributes:
         name: unique within the step.
         run: returns what was measured, as JSON takes it; raises what is wrong, or :class:`Skipped`.
-        needs_triton: skipped, with the reason, where no Triton kernel can run.
+        needs_triton: skipped, with the reason, where no Triton kernel can run: nothing else is measured in its place.
     """
 
     name: str

@@ -27,7 +27,7 @@ class Step:
 STEPS = (
     Step("environment", 60, 45),
     Step("correctness", 180, 100, workers=None),
-    Step("attention", 200, 60, prepares=True),
+    Step("attention", 200, 90, prepares=True),
     Step("tiles", 130, 45, prepares=True),
     Step("training_step", 110, 60, prepares=True),
     Step("cross_entropy", 60, 40),

@@ -65,7 +65,8 @@ class _Worker:
         """Kill it, and what it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may hold on to it
+            self.process.wait(timeout=10)
 
     def last_words(self) -> str:
         """How it ended."""

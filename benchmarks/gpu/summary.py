@@ -10,9 +10,14 @@ from benchmarks.tables import table
 __all__ = ["summary"]
 
 Row = dict[str, Any]
-_FAILURES = 40
+_FAILURES, _NAMES = 40, 8
 #: of forward and backward from this length on, against the faster of SDPA's flash and cuDNN kernels
 _LONG = 2048
+_PHASES = {"f": "forward", "fb": "training"}
+_ATTENTION = (
+    "f: forward, fb: with backward; x: relative to the faster of SDPA's flash and cuDNN kernels; roof: share of what\n"
+    "the counted instructions allow; called: decoding with the host's time, relative to what SDPA chooses itself"
+)
 
 
 def summary(found: Sequence[StepResults], seconds: float, tiny: bool = False) -> str:
@@ -27,7 +32,9 @@ def summary(found: Sequence[StepResults], seconds: float, tiny: bool = False) ->
         if len(failed) > _FAILURES:
             lines.append(f"  ... and {len(failed) - _FAILURES} more")
         for reason in dict.fromkeys(row["error"] for row in skipped):
-            lines.append(f"  skipped: {', '.join(row['case'] for row in skipped if row['error'] == reason)}: {reason}")
+            names = [row["case"] for row in skipped if row["error"] == reason]
+            more = [f"and {len(names) - _NAMES} more"] if len(names) > _NAMES else []
+            lines.append(f"  skipped: {'; '.join([*names[:_NAMES], *more])}: {reason}")
     by_step = {results.step: [row["measured"] for row in results.with_status("passed")] for results in found}
     for step, show in TABLES.items():
         if by_step.get(step):
@@ -59,41 +66,37 @@ def _environment(rows: Sequence[Row]) -> list[str]:
 
 
 def _attention(rows: Sequence[Row]) -> list[str]:
-    """Ratios are to the faster of SDPA's kernels; the roof is that of the counted instructions."""
     times = [row for row in rows if row["table"] == "rows"]
-    columns = {
-        "forward": "forward",
-        "both": "training",
-    }
-    shown = []
-    for row in times:
-        line = {"call": row["shape"]}
-        for head, phase in columns.items():
-            line |= {
-                f"{head} ms": row.get(f"{phase} triton ms"),
-                f"{head} / SDPA": row.get(f"{phase} triton"),
-                f"{head} TFLOP/s": row.get(f"{phase} TFLOP/s"),
-                f"{head} of roof": row.get(f"{phase} share of roof"),
-            }
-        line["SDPA"] = "/".join(str(row.get(f"{phase} reference", "-")) for phase in columns.values())
-        line["as called"] = row.get("called triton")
-        shown.append(line)
-    lines = ["attention:", table(shown)] if shown else []
+    lines = ["attention:", _ATTENTION, table([_speed(row) for row in times])] if times else []
     peers = ("plain", "compile", "flex", "entmax15")
-    others = [
-        {"call": row["shape"], **{f"{p} {n}": row.get(f"{p} {n}") for p in columns.values() for n in peers}}
-        for row in times
-        if any(f"{p} {n}" in row for p in columns.values() for n in peers)
-    ]
+    names = [f"{phase} {peer}" for phase in _PHASES.values() for peer in peers]
+    others = [{"call": row["shape"], **{n: row[n] for n in names if n in row}} for row in times]
+    others = [row for row in others if len(row) > 1]
     if others:
-        lines += ["others, relative to SDPA:", table([{k: v for k, v in row.items() if v} for row in others])]
-    not_run = [f"{row['shape']}: {name}: {why}" for row in times for name, why in row["not run"].items()]
+        lines += ["others, relative to SDPA:", table(others)]
+    not_run = [f"  {row['shape']}: {name}: {why}" for row in times for name, why in row["not run"].items()]
     if not_run:
-        lines += ["not run:", *(f"  {line}" for line in not_run)]
-    memory = [row for row in rows if row["table"] == "memory"]
+        lines += ["not run:", *not_run]
+    memory = [
+        {name: value for name, value in row.items() if name != "table"} for row in rows if row["table"] == "memory"
+    ]
     if memory:
-        lines += ["peak extra memory, MB:", table([{k: v for k, v in row.items() if k != "table"} for row in memory])]
+        lines += ["peak extra memory, MB:", table(memory)]
     return lines
+
+
+def _speed(row: Row) -> Row:
+    """One line of the table of times."""
+    line = {"call": row["shape"].removesuffix(", bfloat16")}
+    for head, phase in _PHASES.items():
+        line |= {
+            f"{head} ms": row.get(f"{phase} triton ms"),
+            f"{head} x": row.get(f"{phase} triton"),
+            f"{head} TF/s": row.get(f"{phase} TFLOP/s"),
+            f"{head} roof": row.get(f"{phase} share of roof"),
+        }
+    references = [row.get(f"{phase} reference") for phase in _PHASES.values()]
+    return {**line, "x of": "/".join(filter(None, references)), "called": row.get("called triton")}
 
 
 def _tiles(rows: Sequence[Row]) -> list[str]:

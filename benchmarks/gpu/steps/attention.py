@@ -1,5 +1,6 @@
 """Time and memory of attention against the faster of SDPA's flash and cuDNN kernels, and against what bounds it."""
 
+import subprocess
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,7 @@ __all__ = ["cases", "roof"]
 
 _TOKENS, _HEADS = 16384, 16
 #: seconds of rounds for each phase of a row
-_BUDGET = 0.8
+_BUDGET = 0.6
 #: arithmetic of both passes relative to the forward pass: five products of the same size instead of two
 _BOTH_PASSES = 3.5
 #: the kernels that a phase is made of
@@ -71,7 +72,10 @@ def _time(shape: Shape, settings: Settings) -> dict[str, object]:
             seconds = row[f"{phase} triton ms"] / 1e3
             row[f"{phase} TFLOP/s"] = _operations(shape, phase) / seconds / 1e12
     if settings.device == "cuda" and shape.queries > 1:
-        row |= roof(row, shape, settings)
+        try:
+            row |= roof(row, shape, settings)
+        except (OSError, subprocess.SubprocessError) as error:  # without the disassembler the times are as good
+            row["not run"]["roof"] = str(error)
     if shape.queries == 1:
         row["called triton"] = _as_called(shape, settings)
     return {"table": "rows", **row}

@@ -58,7 +58,8 @@ def _device(settings: Settings) -> dict[str, object]:
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        described |= dict(zip(_QUERY, (value.strip() for value in done.stdout.split(","))))
+        if done.returncode == 0:
+            described |= dict(zip(_QUERY, (value.strip() for value in done.stdout.split(","))))
     return described
 
 
@@ -94,9 +95,9 @@ def _kernel(settings: Settings) -> dict[str, object]:
 def _ceilings(settings: Settings) -> dict[str, object]:
     """What the device gives to a large matrix product and a large copy: yardsticks for all other figures."""
     settings.require_gpu("ceilings")
-    n = 256 if settings.tiny else 8192
+    n, copied = (256, 2**20) if settings.tiny else (8192, min(2**32, torch.cuda.mem_get_info()[0] // 4))
     a, b = torch.randn(2, n, n, device="cuda", dtype=torch.bfloat16)
-    source = torch.randn(n, 64 * n if not settings.tiny else n, device="cuda", dtype=torch.bfloat16)
+    source = torch.empty(copied, device="cuda", dtype=torch.uint8).random_()
     target = torch.empty_like(source)
 
     def copy() -> Tensor:
@@ -105,5 +106,5 @@ def _ceilings(settings: Settings) -> dict[str, object]:
     times = paired_timing({"product": lambda: a @ b, "copy": copy}, device="cuda", budget_s=settings.seconds(1.0))
     return {
         "bf16 product TFLOP/s": 2 * n**3 / times["product"].median / 1e12,
-        "copy TB/s, read + written": 2 * source.numel() * source.element_size() / times["copy"].median / 1e12,
+        "copy TB/s, read + written": 2 * copied / times["copy"].median / 1e12,
     }

@@ -25,8 +25,9 @@ _LEARNING_RATE, _WARMUP, _WEIGHT_DECAY, _MAX_NORM = 2e-3, 0.1, 0.1, 1.0
 
 def cases(settings: Settings) -> list[Case]:
     """One for each seed, with all arms."""
+    on_gpu = settings.device == "cuda"
     return [
-        Case(f"seed {seed}", lambda seed=seed: _compare(seed, settings))
+        Case(f"seed {seed}", lambda seed=seed: _compare(seed, settings), on_gpu)
         for seed in range(1 if settings.tiny else SEEDS)
     ]
 

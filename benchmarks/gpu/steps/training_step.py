@@ -13,7 +13,8 @@ _EAGER = ("deit",)
 
 def cases(settings: Settings) -> list[Case]:
     """One for each model."""
-    return [Case(CASES[name].described, lambda name=name: _measure(name, settings)) for name in _ORDER]
+    on_gpu = settings.device == "cuda"
+    return [Case(CASES[name].described, lambda name=name: _measure(name, settings), on_gpu) for name in _ORDER]
 
 
 def _measure(name: str, settings: Settings) -> dict[str, object]:
