@@ -22,12 +22,18 @@ if importlib.util.find_spec("triton") is not None:
     from triton import knobs
     from triton.runtime import interpreter
 
-__all__ = ["CASES", "CHECKS", "HALF", "HALF_CASES", "half_precision_is_no_worse_than_eager"]
+__all__ = [
+    "CASES",
+    "CHECKS",
+    "HALF_CASES",
+    "assert_equal",
+    "compiles_as_one_graph",
+    "half_precision_is_no_worse_than_eager",
+]
 
 Check = Callable[[], None]
 
 CAUSAL = {"causal": True}
-HALF = (torch.bfloat16, torch.float16)
 CASES = [
     Case("gqa causal per head", (1, 4, 2, 21, 37), per_head=True, options=CAUSAL),
     Case("order 1 affine", (1, 1, 1, 17, 17), order=1, affine=True),
@@ -313,7 +319,7 @@ def _each(function: Callable[..., None], **values: dict[str, object]) -> dict[st
     return found
 
 
-_HALF = {str(dtype).removeprefix("torch."): dtype for dtype in HALF}
+_HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _DROPPED = {"tiles": (1, 2, 1, 33, 40), "decode": (1, 2, 1, 2, 40)}
 _THRESHOLDS = {"never": (-1e6, 1e30, -1e3, 1e3), "always": (1e6, -1e6, -1.0, 1.0)}
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Case", "Settings", "Skipped", "triton_fault"]
+__all__ = ["Case", "Settings", "Skipped", "described", "triton_fault"]
 
 
 class Skipped(Exception):
@@ -60,6 +60,11 @@ class Settings:
         """Raise :class:`Skipped` on a CPU."""
         if self.device == "cpu":
             raise Skipped(f"{what} need a GPU")
+
+
+def described(error: BaseException, length: int = 400) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:length]
 
 
 @functools.cache

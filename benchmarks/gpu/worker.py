@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.gpu.cases import Case, Settings, Skipped, triton_fault
+from benchmarks.gpu.cases import Case, Settings, Skipped, described, triton_fault
 
 __all__ = ["main", "serve"]
 
@@ -30,7 +30,7 @@ __all__ = ["main", "serve"]
 Loaded = tuple[list[Case], list[Case], dict[str, Any]]
 
 ROOT = Path(__file__).resolve().parents[2]
-_ERROR, _TRACEBACK = 400, 2500
+_TRACEBACK = 2500
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def serve(load: Callable[[], Loaded]) -> None:
     try:
         cases, preparing, environment = load()
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent reports it
-        _answer(answers, {"broken": _described(error), "traceback": traceback.format_exc()[-_TRACEBACK:]})
+        _answer(answers, {"broken": described(error), "traceback": traceback.format_exc()[-_TRACEBACK:]})
         return
     by_name = {False: {case.name: case for case in cases}, True: {case.name: case for case in preparing}}
     _answer(answers, {"ready": {"cases": list(by_name[False]), "environment": environment}})
@@ -121,7 +121,7 @@ def _run(case: Case) -> dict[str, Any]:
     except Skipped as reason:
         done = {"status": "skipped", "error": str(reason)}
     except Exception as error:  # noqa: BLE001 - a case that fails stops no other
-        done = {"status": "failed", "error": _described(error), "traceback": traceback.format_exc()[-_TRACEBACK:]}
+        done = {"status": "failed", "error": described(error), "traceback": traceback.format_exc()[-_TRACEBACK:]}
     done["seconds"] = round(time.perf_counter() - start, 2)
     gc.collect()
     try:
@@ -136,11 +136,6 @@ def _wait_for_device(torch: types.ModuleType | None) -> None:
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-
-def _described(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:_ERROR]
 
 
 def _plain(value: Any) -> Any:

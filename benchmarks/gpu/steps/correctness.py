@@ -14,11 +14,11 @@ from benchmarks.gpu.steps import correctness_models, correctness_runtime
 from hf_multimax.kernels.triton_attention import attention
 from tests import attention_cases, cross_entropy_cases, triton_checks
 from tests.attention_cases import Case as Call
+from tests.triton_checks import CHECKS
 
 __all__ = ["cases"]
 
 CAUSAL = {"causal": True}
-_TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, *triton_checks.HALF)}
 #: several tiles of every kernel, at each padded width, and widths between them
 WIDE = [
     *(Call(f"D {d}", (2, 4, 2, 300, 300), (d, d), options=CAUSAL) for d in (16, 32, 64, 96, 128, 256)),
@@ -51,42 +51,30 @@ _TINY = (
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Attention, then models, then the output loss."""
-    found = _tiny_attention() if settings.tiny else _attention()
+    """Attention in float32 and bfloat16, models and the output loss, then attention in float16."""
+    found = _tiny_attention() if settings.tiny else _attention(torch.float32) | _attention(torch.bfloat16) | CHECKS
     found |= correctness_runtime.checks(settings) | correctness_models.checks(settings)
     losses = cross_entropy_cases.KERNEL_CHECKS if settings.tiny else cross_entropy_cases.DEVICE_CHECKS
     found |= {f"loss: {name}": _loss(check, settings) for name, check in losses.items()}
+    found |= {} if settings.tiny else _attention(torch.float16)
     return [Case(name, _on_device(check, settings)) for name, check in found.items()]
 
 
-def _attention() -> dict[str, Callable[[], object]]:
-    found = {f"float32: {call.name}": _check(call, torch.float32) for call in attention_cases.CASES}
-    ordinary = [call for call in attention_cases.CASES if call.spread == 1 and call.slope <= 1]
-    found |= {
-        f"{name}: {call.name}": _check(call, dtype)
-        for name, dtype in _TYPES.items()
-        if dtype != torch.float32
-        for call in ordinary
-    }
-    found |= {
-        f"{name}: {call.name}": _check(call, dtype)
-        for name, dtype in _TYPES.items()
-        for call in (*WIDE, *LONG, *DECODE)
-        if not (dtype == torch.float32 and call in LONG)
-    }
-    found |= {
-        f"{name}, peaked: {call.name}": functools.partial(
-            triton_checks.half_precision_is_no_worse_than_eager, call, dtype
-        )
-        for name, dtype in _TYPES.items()
-        if dtype != torch.float32
-        for call in PEAKED
-    }
-    return found | triton_checks.CHECKS
+def _attention(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Every call in a type; those in which rounding decides are held against eager attention in half precision."""
+    single = dtype == torch.float32
+    ordinary = [call for call in attention_cases.CASES if single or (call.spread == 1 and call.slope <= 1)]
+    calls = [*ordinary, *WIDE, *DECODE, *([] if single else LONG)]
+    name = str(dtype).removeprefix("torch.")
+    found = {f"{name}: {call.name}": _check(call, dtype) for call in calls}
+    if not single:
+        no_worse = triton_checks.half_precision_is_no_worse_than_eager
+        found |= {f"{name}, peaked: {call.name}": functools.partial(no_worse, call, dtype) for call in PEAKED}
+    return found
 
 
 def _tiny_attention() -> dict[str, Callable[[], object]]:
-    found = {name: triton_checks.CHECKS[name] for name in _TINY}
+    found = {name: CHECKS[name] for name in _TINY}
     call = Call("boolean", (1, 2, 1, 17, 20), mask="boolean")
     return found | {f"float16: {call.name}": _check(call, torch.float16)}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hf_multimax
 from benchmarks.common import paired_timing
-from benchmarks.gpu.cases import Case, Settings, triton_fault
+from benchmarks.gpu.cases import Case, Settings, described, triton_fault
 
 __all__ = ["cases"]
 
@@ -36,7 +36,7 @@ def _imports() -> dict[str, object]:
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001 - all of them are to be listed
-            wrong[name] = f"{type(error).__name__}: {error}"
+            wrong[name] = described(error)
     if wrong:
         raise RuntimeError("; ".join(f"{name}: {error}" for name, error in wrong.items()))
     return {"modules imported": len(names)}
