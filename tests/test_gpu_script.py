@@ -90,6 +90,28 @@ def test_one_process_runs_what_is_timed(tmp_path):
     assert len({row["measured"]["pid"] for row in rows(tmp_path).values()}) == 2
 
 
+def test_where_there_is_no_room_for_more_processes_one_does_it_all(tmp_path):
+    names = [f"takes_its_time{i}" for i in range(5)]
+    code, out = run(
+        tmp_path, ",".join(names), "--workers", "3", MADE_UP_WORKERS="3", MADE_UP_ROOM=str(tmp_path / "taken")
+    )
+    assert code == 0 and "5 passed" in out
+    assert len({row["measured"]["pid"] for row in rows(tmp_path).values()}) == 1
+
+
+def test_what_takes_too_long_to_prepare_is_not_waited_for(monkeypatch):
+    monkeypatch.setenv("MADE_UP_CASES", "hangs,takes_its_time1,takes_its_time2")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    prepared, found = {}, {}
+    with Pool([sys.executable, str(MADE_UP), "worker"], 50.0, time.monotonic() + 100.0) as pool:
+        cases = pool.start(2)["cases"]
+        assert pool.run(cases, 2, prepared.__setitem__, prepare_for=3.0) == ["hangs"]
+        assert pool.run(cases[1:], 1, found.__setitem__) == []
+    assert set(prepared) == set(found) == set(cases[1:])
+    pids = {row["measured"]["pid"] for row in (*prepared.values(), *found.values())}
+    assert len(pids) == 1 and gone(pids)
+
+
 def test_processes_of_a_case_end_with_the_step(tmp_path):
     run(tmp_path, "starts_others")
     assert gone({rows(tmp_path)["starts_others"]["measured"]["child"]})

@@ -28,7 +28,10 @@ __all__ = [
     "HALF_CASES",
     "assert_equal",
     "compiles_as_one_graph",
+    "dropout_is_the_same_in_backward",
     "half_precision_is_no_worse_than_eager",
+    "packed_sequences",
+    "repeats_bit_by_bit",
 ]
 
 Check = Callable[[], None]
@@ -152,9 +155,9 @@ def a_parameter_that_is_no_number_shows(name: str, dtype: torch.dtype) -> None:
     assert attention(q, k, v, **parameters).isnan().all()
 
 
-def repeats_bit_by_bit() -> None:
-    tensors, options = Case("", (1, 2, 1, 33, 40), bias=(1, 2, 33, 40), options=CAUSAL).build()
-    first, second = (run(attention, tensors, options, torch.ones(1, 2, 33, 16)) for _ in range(2))
+def repeats_bit_by_bit(rows: int = 33, dtype: torch.dtype = torch.float32) -> None:
+    tensors, options = Case("", (1, 2, 1, rows, 40 + rows), bias=(1, 2, rows, 40 + rows), options=CAUSAL).build(dtype)
+    first, second = (run(attention, tensors, options, torch.ones(1, 2, rows, 16)) for _ in range(2))
     assert_equal(first, second)
 
 
@@ -250,16 +253,17 @@ def no_keys_and_no_queries() -> None:
         assert out.shape == (1, 2, rows, 8) and not out.any() and not q.grad.any()
 
 
-def packed_sequences(features: dict[str, object]) -> None:
-    lengths = [(5, 9), (0, 4), (33, 33), (1, 2)]
+def packed_sequences(features: dict[str, object], longest: int = 33) -> None:
+    lengths = [(5, 9), (0, 4), (longest, longest), (1, 2)]
     cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in zip(*lengths))
-    q, k, v = torch.randn(41, 4, 16), torch.randn(50, 2, 16), torch.randn(50, 2, 8)
+    used, keys = longest + 6, longest + 17
+    q, k, v = torch.randn(used + 2, 4, 16), torch.randn(keys, 2, 16), torch.randn(keys, 2, 8)
     tensors = {"q": q, "k": k, "v": v, "ranges": torch.randn(4, 4), "ts": torch.rand(4, 4)}
-    grad = torch.randn(41, 4, 8)
-    grad[39:] = 0  # tokens past the last sequence
+    grad = torch.randn(used + 2, 4, 8)
+    grad[used:] = 0  # tokens past the last sequence
 
     def packed(q, k, v, ranges, ts):
-        return varlen_attention(q, k, v, ranges, ts, cu_q, cu_k, 33, 33, **features)
+        return varlen_attention(q, k, v, ranges, ts, cu_q, cu_k, longest, longest, **features)
 
     def one_by_one(q, k, v, ranges, ts):
         rows, keys = q.split([*(a for a, _ in lengths), 2]), k.split([*(b for _, b in lengths), 2])
@@ -272,7 +276,7 @@ def packed_sequences(features: dict[str, object]) -> None:
 
     actual = run(packed, tensors, {}, grad)
     exact = run(one_by_one, doubled(tensors), {}, grad.double())
-    assert not actual["out"][39:].any()
+    assert not actual["out"][used:].any()
     for name in actual:
         assert_close(actual[name], exact[name], 1e-5, name)
 

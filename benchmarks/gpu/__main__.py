@@ -111,7 +111,7 @@ def _run_step(step: Step, options: argparse.Namespace, begun: float, found: list
             _tell(begun, f"{step.name}: {len(waiting)} of {len(announced['cases'])} cases")
             if step.prepares:  # backwards: what takes the longest to compile comes last in a step
                 ahead = waiting[:1] if options.tiny else waiting[::-1]
-                pool.run(ahead, options.workers, lambda case, outcome: None, prepare=True)
+                pool.run(ahead, options.workers, lambda case, outcome: None, prepare_for=patience * step.seconds / 2)
                 _tell(begun, f"{step.name}: prepared")
 
             def enter(case: str, outcome: dict[str, object]) -> None:

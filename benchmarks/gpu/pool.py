@@ -70,8 +70,10 @@ class _Worker:
 
     def last_words(self) -> str:
         """How it ended."""
-        code = self.process.wait()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=10)
+        code = self.process.returncode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
         self._errors.join(timeout=5)
         lines = [line.strip() for line in self.said if line.strip()]
         return f"the process {how}{': ' + lines[-1] if lines else ''}"
@@ -108,15 +110,16 @@ class Pool:
         """
         for _ in range(workers - len(self._workers)):
             self._workers.append(_Worker(self.command, self._events))
-        while self.announced is None and self._wait(lambda case, done: None):
+        while self.announced is None and self._wait(lambda case, done: None, self.deadline):
             if not self._workers:
                 self._workers.append(_Worker(self.command, self._events))
         return self.announced
 
-    def run(self, cases: Sequence[str], most: int, done: Done, prepare: bool = False) -> list[str]:
+    def run(self, cases: Sequence[str], most: int, done: Done, *, prepare_for: float | None = None) -> list[str]:
         """Run cases in at most ``most`` workers at once; ``done`` gets each one's name and outcome.
 
-        A worker that dies, or is killed because its case takes too long, costs that case alone.
+        A worker that dies, or is killed because its case takes too long, costs that case alone. ``prepare_for`` has the
+        cases prepared instead of run, for so many seconds at the most.
 
         Returns:
             What was not run, or not to its end, before the deadline.
@@ -125,6 +128,8 @@ class Pool:
             StepFailed: if no worker can start any more.
         """
         waiting = deque(cases)
+        prepare = prepare_for is not None
+        deadline = min(self.deadline, time.monotonic() + prepare_for) if prepare else self.deadline
         self._shrink(most)
         while waiting or any(worker.case for worker in self._workers):
             for worker in self._workers:
@@ -134,19 +139,21 @@ class Pool:
             if len(self._workers) < min(most, self._startable, len(waiting) + len(busy)):
                 self._workers.append(_Worker(self.command, self._events))
                 continue
-            if not self._wait(done):
-                self._shrink(0)
+            if not self._wait(done, deadline):
+                for worker in [worker for worker in self._workers if worker.case]:
+                    self._workers.remove(worker)
+                    worker.end()
                 return [*busy, *waiting]
         return []
 
-    def _wait(self, done: Done) -> bool:
+    def _wait(self, done: Done, deadline: float) -> bool:
         """Take in the next event, or end what is over its limit; False when the deadline has passed."""
         now = time.monotonic()
-        if now >= self.deadline:
+        if now >= deadline:
             return False
         limits = [worker.since + self.case_seconds for worker in self._workers if worker.case or not worker.ready]
         try:
-            worker, said = self._events.get(timeout=max(0.0, min([self.deadline, *limits]) - now))
+            worker, said = self._events.get(timeout=max(0.0, min([deadline, *limits]) - now))
         except queue.Empty:
             self._end_overdue(done)
             return True

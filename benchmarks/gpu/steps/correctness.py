@@ -38,6 +38,20 @@ PEAKED = [
     if case.shape[3] > 16
     for n, d in ((129, 64), (300, 128))
 ]
+#: checks that are small for the interpreter, over several tiles
+LARGE: dict[str, Callable[[], object]] = {
+    **{
+        f"packed sequences to 300, {name}": functools.partial(triton_checks.packed_sequences, features, 300)
+        for name, features in {"plain": {}, "causal": CAUSAL, "banded": {**CAUSAL, "window": 150}}.items()
+    },
+    "dropout is the same in backward, 300 x 250": functools.partial(
+        triton_checks.dropout_is_the_same_in_backward, (1, 2, 1, 300, 250)
+    ),
+    **{
+        f"repeats bit by bit, 300 rows, {dtype}": functools.partial(triton_checks.repeats_bit_by_bit, 300, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    },
+}
 #: of the interpreter's checks, those that try this script out
 _TINY = (
     "float32 agrees with float64, gqa causal per head",
@@ -52,7 +66,10 @@ _TINY = (
 
 def cases(settings: Settings) -> list[Case]:
     """Attention in float32 and bfloat16, models and the output loss, then attention in float16."""
-    found = _tiny_attention() if settings.tiny else _attention(torch.float32) | _attention(torch.bfloat16) | CHECKS
+    if settings.tiny:
+        found = _tiny_attention()
+    else:
+        found = _attention(torch.float32) | _attention(torch.bfloat16) | LARGE | CHECKS
     found |= correctness_runtime.checks(settings) | correctness_models.checks(settings)
     losses = cross_entropy_cases.KERNEL_CHECKS if settings.tiny else cross_entropy_cases.DEVICE_CHECKS
     found |= {f"loss: {name}": _loss(check, settings) for name, check in losses.items()}
@@ -64,9 +81,9 @@ def _attention(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Every call in a type; those in which rounding decides are held against eager attention in half precision."""
     single = dtype == torch.float32
     ordinary = [call for call in attention_cases.CASES if single or (call.spread == 1 and call.slope <= 1)]
-    calls = [*ordinary, *WIDE, *DECODE, *([] if single else LONG)]
     name = str(dtype).removeprefix("torch.")
-    found = {f"{name}: {call.name}": _check(call, dtype) for call in calls}
+    found = {f"{name}: {call.name}": _check(dtype, call, *_larger(call)) for call in ordinary}
+    found |= {f"{name}: {call.name}": _check(dtype, call) for call in (*WIDE, *DECODE, *([] if single else LONG))}
     if not single:
         no_worse = triton_checks.half_precision_is_no_worse_than_eager
         found |= {f"{name}, peaked: {call.name}": functools.partial(no_worse, call, dtype) for call in PEAKED}
@@ -76,13 +93,31 @@ def _attention(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 def _tiny_attention() -> dict[str, Callable[[], object]]:
     found = {name: CHECKS[name] for name in _TINY}
     call = Call("boolean", (1, 2, 1, 17, 20), mask="boolean")
-    return found | {f"float16: {call.name}": _check(call, torch.float16)}
+    return found | {f"float16: {call.name}": _check(torch.float16, call)}
 
 
-def _check(call: Call, dtype: torch.dtype) -> Callable[[], object]:
-    if dtype == torch.float32:
-        return functools.partial(attention_cases.check, attention, call)
-    return functools.partial(attention_cases.check_half, attention, call, dtype)
+def _larger(call: Call) -> list[Call]:
+    """The same call over several tiles; none where it has them already."""
+    batch, heads, kv_heads, rows, keys = call.shape
+    if rows == 1 or max(rows, keys) > 200:
+        return []
+    more = 4 * max(rows, keys)
+    bias = call.bias
+    if bias is not None:
+        sizes = (*((1,) * (4 - len(bias))), *bias)
+        bias = (*sizes[:2], *(size if size == 1 else size + more for size in sizes[2:]))[-len(call.bias) :]
+    return [replace(call, shape=(batch, heads, kv_heads, rows + more, keys + more), bias=bias)]
+
+
+def _check(dtype: torch.dtype, *calls: Call) -> Callable[[], None]:
+    def check() -> None:
+        for call in calls:
+            if dtype == torch.float32:
+                attention_cases.check(attention, call)
+            else:
+                attention_cases.check_half(attention, call, dtype)
+
+    return check
 
 
 def _loss(check: Callable[[], object], settings: Settings) -> Callable[[], object]:
