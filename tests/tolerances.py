@@ -21,6 +21,12 @@ def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
     return float("inf") if error.isnan() else error.item()
 
 
+def assert_close(actual: torch.Tensor, reference: torch.Tensor, tolerance: float, what: str = "") -> None:
+    """The relative error is below ``tolerance``."""
+    error = relative_error(actual, reference)
+    assert error < tolerance, f"{what}: relative error {error:.3g} >= {tolerance:.3g}"
+
+
 def assert_no_worse(actual: torch.Tensor, plain: torch.Tensor, reference: torch.Tensor, what: str = "") -> None:
     """``actual`` errs at most twice as much as the ``plain`` computation of the same type, plus 1e-6."""
     error, allowed = relative_error(actual, reference), 2 * relative_error(plain, reference) + 1e-6
