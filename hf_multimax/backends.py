@@ -26,8 +26,9 @@ def backend(name: str) -> Iterator[None]:
 
     ``"auto"`` (the default) is the fastest that supports each call: ``"triton"`` on CUDA, ``"native"`` (C++, compiled
     at first use) on a CPU, ``"tiled"`` (PyTorch, memory linear in the length) elsewhere, and ``"eager"`` (the whole
-    score matrix) for small calls, where attention weights are returned and where ``torch.func`` differentiates. Any
-    other choice is used as it is, and raises ValueError for a call that it does not support.
+    score matrix) for small calls, where attention weights are returned, where ``torch.func`` differentiates and in what
+    is exported (torch.export, ONNX, torch.jit), which then runs without this package. Any other choice is used as it
+    is, and raises ValueError for a call that it does not support.
 
     The innermost block that is still open decides, in whatever order blocks are left. As with any context variable, an
     asyncio task goes on with the choice under which it was created, a block in a suspended generator holds for its
@@ -81,13 +82,21 @@ def choose_kernel(
         if missing:
             raise ValueError(f"backend({chosen!r}) does not support {missing}: use backend('auto') or backend('eager')")
         return kernel
-    if unusual:
+    if unusual or exporting():
         return None
     kernel = _PREFERRED.get(q.device.type)
     runs_here = kernel is not None and (kernel is not native or _native_is_available())
     if runs_here and kernel.unsupported(q, k, v, ranges, ts, **features) is None:
         return kernel
     return None if tiles_are_slower(q, k) else tiled
+
+
+def require_eager(feature: str) -> None:
+    """Raise ValueError if the user chose a backend other than eager, which alone has that feature."""
+    if current_backend() not in ("auto", "eager"):
+        raise ValueError(
+            f"backend({current_backend()!r}) does not support {feature}: use backend('auto') or backend('eager')"
+        )
 
 
 def _beyond_kernels(weights: bool) -> str | None:
@@ -97,6 +106,11 @@ def _beyond_kernels(weights: bool) -> str | None:
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward derivatives"
     return "the derivatives of torch.func" if differentiated_by_functions() else None
+
+
+def exporting() -> bool:
+    """Whether the call is being written down, by torch.export, for ONNX or by torch.jit, to run where we are not."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def tiles_are_slower(q: Tensor, k: Tensor) -> bool:

@@ -14,9 +14,9 @@ In a patched model, ``entmax`` and ``rsoftmax`` learn their option with ``normal
 
 import functools
 import math
+from types import ModuleType
 from typing import Any
 
-import entmax
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -125,14 +125,23 @@ def _multimax_module(config: MultiMaxConfig, num_heads: int | None) -> MultiMax:
 # -- the entmax family -------------------------------------------------------------------------------------------------
 
 
+def _entmax_package(normalizer: str) -> ModuleType:
+    """The entmax package, which only some normalizers need: imported when one of them first runs."""
+    try:
+        import entmax
+    except ImportError as error:
+        raise ImportError(f"normalizer {normalizer!r} needs the entmax package: pip install entmax") from error
+    return entmax
+
+
 @rowwise
 def _sparsemax(x: Tensor, keep: Tensor) -> Tensor:
-    return entmax.sparsemax(x, dim=-1)
+    return _entmax_package("sparsemax").sparsemax(x, dim=-1)
 
 
 @rowwise
 def _entmax15(x: Tensor, keep: Tensor) -> Tensor:
-    return entmax.entmax15(x, dim=-1)
+    return _entmax_package("entmax15").entmax15(x, dim=-1)
 
 
 @rowwise
@@ -282,13 +291,13 @@ def _fusedmax(x: Tensor, keep: Tensor, lam: float = 1.0) -> Tensor:
     # Scores that far down stay apart from the support, whatever they are; they would take the digits of the others.
     x = x.clamp(min=-4 * lam - 2)
     if bool(keep.all()):
-        return entmax.sparsemax(prox_tv(x, lam), dim=-1)
+        return _entmax_package("fusedmax").sparsemax(prox_tv(x, lam), dim=-1)
     # The kept entries move together: what a mask removes does not stand between neighbours.
     order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
     there = keep.gather(-1, order)
     scores = x.gather(-1, order).masked_fill(~there, 0.0)
     scores = prox_tv(scores, lam, there.sum(-1, keepdim=True)).masked_fill(~there, -math.inf)
-    return torch.zeros_like(x).scatter(-1, order, entmax.sparsemax(scores, dim=-1))
+    return torch.zeros_like(x).scatter(-1, order, _entmax_package("fusedmax").sparsemax(scores, dim=-1))
 
 
 @rowwise
@@ -298,7 +307,7 @@ def _oscarmax(x: Tensor, keep: Tensor, alpha: float = 0.0, beta: float | None = 
     strength = alpha + (2.0 if beta is None else beta * count)
     x = x.maximum(-2 * x.detach().amax(-1, keepdim=True).abs() - 4 * strength - 2)
     scores = prox_oscar(x.masked_fill(~keep, 0.0), keep, alpha, beta)
-    return entmax.sparsemax(scores.masked_fill(~keep, -math.inf), dim=-1)
+    return _entmax_package("oscarmax").sparsemax(scores.masked_fill(~keep, -math.inf), dim=-1)
 
 
 # -- SoftMax with something left out -----------------------------------------------------------------------------------

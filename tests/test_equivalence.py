@@ -1,16 +1,15 @@
 """Whole models of every head class: identical to stock at first, and equal to the definition in float64 later."""
 
 import copy
-import math
 
 import pytest
 import reference
 import torch
 from models import ALL, inputs_for, make
-from tolerances import assert_draws_no_worse, mean_error, relative_error
+from tolerances import assert_draws_no_worse, relative_error, root_mean_square_error
 
 from hf_multimax import backend, multimax_parameters, patch_model
-from hf_multimax.discovery import attention_layers
+from hf_multimax.models.discovery import attention_layers
 
 
 def objective(outputs) -> torch.Tensor:
@@ -52,13 +51,13 @@ def test_a_patched_model_is_the_stock_model_bit_for_bit(name, padded):
 def test_a_patched_model_is_the_definition_in_float64(name, options):
     if options and name not in ("GPT2LMHeadModel", "ViTForImageClassification", "T5ForConditionalGeneration"):
         pytest.skip("the options do not depend on the head class")
-    stock = make(name)
-    batch = inputs_for(stock)
-    plain, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
-    model = patch_model(stock, **options)
-    outputs: tuple[list, list] = ([], [])  # the errors of the model, and those of the definition in float32
-    gradients: tuple[list, list] = ([], [])
-    for draw in range(24):
+    errors: dict[int, tuple[list[float], list[float]]] = {0: ([], []), 1: ([], [])}
+    for draw in range(4):  # one errs by luck
+        stock = make(name)
+        batch = inputs_for(stock)
+        plain, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
+        model = patch_model(stock, **options)
+        torch.manual_seed(draw)
         with torch.no_grad():
             for parameter in multimax_parameters(model).values():
                 parameter.copy_(0.5 * torch.randn_like(parameter))
@@ -66,16 +65,16 @@ def test_a_patched_model_is_the_definition_in_float64(name, options):
             prepare_reference(twin, model, dtype)
         with backend("eager"):
             results = run(model, batch)
-        for errors, found, like, exactly in zip((outputs, gradients), results, run(plain, batch), run(exact, batch)):
+        for part, (found, plainly, exactly) in enumerate(zip(results, run(plain, batch), run(exact, batch))):
+            for key in [key for key, value in exactly.items() if value.abs().max() < 1e-12]:
+                assert found.pop(key).abs().max() < 1e-6  # sums that cancel, as over a bias that all classes share
+                del plainly[key], exactly[key]
+            for own, tensors in zip(errors[part], (found, plainly)):
+                own.append(root_mean_square_error(tensors, exactly))
             wrong = {key: relative_error(found[key], exactly[key]) for key in found}
             assert max(wrong.values()) < 1e-2, wrong
-            errors[0].append(mean_error(found, exactly))
-            errors[1].append(mean_error(like, exactly))
-        # where a few scores decide, as without scaled products, one draw errs ten times as much as another
-        if draw >= 2 and all(math.prod(a) <= 1.5**draw * math.prod(b) for a, b in (outputs, gradients)):
-            break
-    for errors in (outputs, gradients):
-        assert_draws_no_worse(*errors, name)
+    for both in errors.values():
+        assert_draws_no_worse(*both, name)
 
 
 def prepare_reference(twin, model, dtype):

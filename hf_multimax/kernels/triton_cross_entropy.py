@@ -4,6 +4,7 @@ One program takes one row. It reads the products hidden @ weight.T once for the 
 the label's logit, and once more to put the gradient in their place, with the row's share of the modulator's gradients.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,29 +52,31 @@ def row_losses(
     terms = 0 if ts is None else ts.numel()
     losses = x.new_empty(rows)
     sums = x.new_zeros(rows, 2 * terms + 2)
-    _row_kernel[(rows,)](
-        x,
-        labels,
-        losses,
-        sums,
-        ranges,
-        ts,
-        bias,
-        scale,
-        shift,
-        weights,
-        vocab,
-        ignore_index,
-        label_smoothing,
-        0.0 if softcap is None else softcap,
-        ORDER=terms // 2,
-        SUMS=2 * terms + 2,
-        SUMS_PADDED=triton.next_power_of_2(2 * terms + 2),
-        CAPPED=softcap is not None,
-        GRADIENT=gradient,
-        BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(x):
+        _row_kernel[(rows,)](
+            x,
+            labels,
+            losses,
+            sums,
+            ranges,
+            ts,
+            bias,
+            scale,
+            shift,
+            weights,
+            vocab,
+            ignore_index,
+            label_smoothing,
+            0.0 if softcap is None else softcap,
+            ORDER=terms // 2,
+            SUMS=2 * terms + 2,
+            SUMS_PADDED=triton.next_power_of_2(2 * terms + 2),
+            CAPPED=softcap is not None,
+            GRADIENT=gradient,
+            BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
     return losses, sums
 
 
