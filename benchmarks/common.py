@@ -7,6 +7,7 @@ wait for each other at the end of every operation, it is the time on the wall, a
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -30,11 +31,12 @@ __all__ = [
     "paired_timing",
     "peak_extra_bytes",
     "results_path",
-    "table",
     "write_results",
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
+#: of the GPU's clock, about 2 ms: more than the host takes to launch an attention call and its backward pass
+HEAD_START_CYCLES = 4_000_000
 VERSIONED = ("torch", "transformers", "triton", "entmax", "adasplash", "numpy")
 
 
@@ -72,22 +74,28 @@ def paired_timing(
     min_rounds: int = 5,
     max_rounds: int = 200,
     warmup: int = 2,
+    head_start: bool = False,
 ) -> dict[str, Timing]:
     """Time several computations against each other in one process.
 
     Args:
         candidates: name -> function without arguments.
         device: what the functions run on; CUDA work is timed with events, one thread on a CPU by its CPU time.
-        budget_s: seconds to spend on the rounds of all candidates together (warm-up not counted).
+        budget_s: seconds to spend on the rounds of all candidates together (warm-up not counted); with 0 there is one
+            round and no warm-up, for trying things out.
         min_rounds, max_rounds: bounds on the number of rounds whatever the budget.
         warmup: calls of every candidate before the first round.
+        head_start: on CUDA, let the host run ahead while the GPU waits, so that what the host takes to launch the work
+            does not count as long as it is below :data:`HEAD_START_CYCLES`.
 
     Returns:
         name -> :class:`Timing`; every candidate has as many rounds as the others. The starting candidate rotates, so
         that none always runs on the caches another one leaves behind.
     """
+    if budget_s <= 0:
+        min_rounds, warmup = 1, 0
     names = list(candidates)
-    timed = _timed_cuda if torch.device(device).type == "cuda" else _timed_cpu
+    timed = functools.partial(_timed_cuda, head_start) if torch.device(device).type == "cuda" else _timed_cpu
     for _ in range(warmup):
         for name in names:
             candidates[name]()
@@ -109,9 +117,11 @@ def _timed_cpu(function: Callable[[], object]) -> float:
     return clock() - start
 
 
-def _timed_cuda(function: Callable[[], object]) -> float:
+def _timed_cuda(head_start: bool, function: Callable[[], object]) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    if head_start:
+        torch.cuda._sleep(HEAD_START_CYCLES)
     begin.record()
     function()
     end.record()
@@ -194,7 +204,11 @@ def _resident_bytes() -> int:
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, object]:
-    """The machine, the versions and the commit that a result belongs to (nothing that identifies the host)."""
+    """The machine, the versions and the commit that a result belongs to (nothing that identifies the host).
+
+    ``commit`` and ``modified`` are None where git cannot tell.
+    """
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     described: dict[str, object] = {
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -202,7 +216,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: version for name in VERSIONED if (version := _version(name))},
         "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")),
+        "modified": None if changes is None else bool(changes),
     }
     if torch.device(device).type == "cuda":
         described["gpu"] = torch.cuda.get_device_name()
@@ -233,11 +247,12 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str) -> str | None:
+    """What git prints; None where it cannot tell, as in a copy without a repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return None
     return done.stdout.strip()
 
 
@@ -253,19 +268,3 @@ def write_results(name: str, rows: Sequence[Mapping[str, object]], *, device: st
     content = {"benchmark": name, "environment": environment(device), **more, "rows": list(rows)}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
-
-
-def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> str:
-    """A Markdown table; floats with three digits, None as a dash."""
-    if columns is None:
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[_cell(row.get(name)) for name in columns] for row in rows]
-    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
-    lines = [list(columns), ["-" * width for width in widths], *cells]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,28 +1,29 @@
 """The output layer with its loss: fused (chunks, gradients in the forward pass) against unfused, time and peak memory.
 
-``python -m benchmarks.cross_entropy [--full] [--device cuda] [--cases TOKENSxVOCAB ...]``: one training pass (loss and
-the gradients of hidden states, weight and modulator) of linear layer, modulation and cross-entropy. "unfused" is the
-modulator in plain PyTorch in front of ``cross_entropy``; the SoftMax rows leave the modulator out. The default takes
-some minutes; ``--full`` adds 8192 tokens on a CPU; with it or with cases of one's own, their names join the file's.
+``python -m benchmarks.cross_entropy [--full] [--cases TOKENSxVOCAB ...]``: one training pass (loss and the gradients of
+hidden states, weight and modulator) of linear layer, modulation and cross-entropy on a CPU. "unfused" is the modulator
+in plain PyTorch in front of ``cross_entropy``; the SoftMax rows leave the modulator out. The default takes some
+minutes; ``--full`` adds 8192 tokens; with it or with cases of one's own, their names join the file's.
+``python -m benchmarks.gpu`` measures on a GPU with the functions of this module, and there also Liger's fused SoftMax
+loss where its package is installed.
 """
 
 import argparse
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.common import ROOT, add_thread_option, load, paired_timing, peak_extra_bytes, table, write_results
+from benchmarks.common import ROOT, add_thread_option, load, paired_timing, peak_extra_bytes, write_results
+from benchmarks.tables import table
 from hf_multimax.functional import modulate
 from hf_multimax.kernels.cross_entropy import multimax_linear_cross_entropy
 
 WIDTH = 768
-CASES = {
-    "cpu": ("512x32000", "512x50257", "512x128256"),
-    "cuda": ("8192x32000", "8192x50257", "8192x128256"),
-}
-MORE_CASES = {"cpu": ("1024x50257", "8192x50257"), "cuda": ("16384x50257",)}
+CASES = ("512x32000", "512x50257", "512x128256")
+MORE_CASES = ("1024x50257", "8192x50257")
 UNFUSED, UNFUSED_SOFTMAX = "unfused MultiMax", "unfused SoftMax"
 #: [tokens, vocab] float32 matrices that each unfused computation holds at its peak, rounded up: what to leave out
 UNFUSED_MATRICES = {UNFUSED: 13, UNFUSED_SOFTMAX: 4}
@@ -51,15 +52,23 @@ def candidates(tokens: int, vocab: int, device: str, dtype: torch.dtype) -> dict
     def unfused_softmax() -> object:
         return torch.autograd.grad(cross_entropy((hidden @ weight.T).float(), labels), (hidden, weight))
 
-    return {
+    found: dict[str, Callable[[], object]] = {
         "fused MultiMax": fused,
         "fused SoftMax": fused_softmax,
         UNFUSED: unfused,
         UNFUSED_SOFTMAX: unfused_softmax,
     }
+    if device == "cuda" and find_spec("liger_kernel") is not None:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        found["Liger's fused SoftMax"] = lambda: torch.autograd.grad(liger(weight, hidden, labels), (hidden, weight))
+    return found
 
 
-def measure(tokens: int, vocab: int, device: str, dtype: torch.dtype) -> list[dict[str, object]]:
+def measure(
+    tokens: int, vocab: int, device: str, dtype: torch.dtype, budget_s: float = 10.0
+) -> list[dict[str, object]]:
     """One row per candidate; an unfused one that would not fit into memory is left out."""
     fitting = {
         name: function
@@ -71,7 +80,7 @@ def measure(tokens: int, vocab: int, device: str, dtype: torch.dtype) -> list[di
     timings = paired_timing(
         fitting,
         device=device,
-        budget_s=10.0,
+        budget_s=budget_s,
         min_rounds=2 if few else 10,
         max_rounds=5 if few else 50,
         warmup=0 if few else 2,
@@ -103,22 +112,21 @@ def available_bytes(device: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     add_thread_option(parser)
     parser.add_argument("--full", action="store_true", help="more tokens")
     parser.add_argument("--cases", nargs="+", metavar="TOKENSxVOCAB", help="sizes (default: the table of the README)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     arguments = parser.parse_args()
-    dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
-    default = CASES[arguments.device] + (MORE_CASES[arguments.device] if arguments.full else ())
+    dtype = getattr(torch, arguments.dtype)
+    default = CASES + (MORE_CASES if arguments.full else ())
     sizes = [tuple(map(int, case.split("x"))) for case in arguments.cases or default]
     name = "_".join(["cross_entropy", *(arguments.cases or (["full"] if arguments.full else []))])
-    measure(64, 1000, arguments.device, getattr(torch, dtype))
+    measure(64, 1000, "cpu", dtype)
     rows: list[dict[str, object]] = []
     for size in sizes:
-        rows += measure(*size, arguments.device, getattr(torch, dtype))
+        rows += measure(*size, "cpu", dtype)
         # written after every size: an interrupted run keeps what it has measured
-        path = write_results(name, rows, device=arguments.device, width=WIDTH, dtype=dtype)
+        path = write_results(name, rows, width=WIDTH, dtype=arguments.dtype)
     print(table(rows))
     print("written to", path.relative_to(ROOT))
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.common import paired_timing, table, write_results
+from benchmarks.common import paired_timing, write_results
+from benchmarks.tables import table
 from hf_multimax import normalize, patch_model, register_normalizer
 
 LENGTHS = (128, 512, 2048)

@@ -4,8 +4,9 @@
     python -m benchmarks.report --check
 
 Every table between ``<!-- speed: <name> -->`` and ``<!-- /speed -->`` in README.md is made from the files of that name
-in ``benchmarks/results``. What was measured on a GPU has a table of its own once there is such a file; until then the
-tables of the CPU say "not yet measured". ``--check`` writes nothing and exits with 1 if the README is out of date.
+in ``benchmarks/results``. What was measured on a GPU has a table of its own, with the GPU's name, once
+``benchmarks/gpu.sh`` has written its files; until then the tables of the CPU say "not yet measured". ``--check`` writes
+nothing and exits with 1 if the README is out of date.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, results_path
+from benchmarks.gpu import results as gpu_results
 
 __all__ = ["main"]
 
@@ -70,7 +72,7 @@ def attention() -> str:
     }
     rest = {
         "`triton`": "triton",
-        "`tiled`": "tiled",
+        "`triton`, TFLOP/s": "TFLOP/s",
         "plain": "plain",
         "`torch.compile`": "compile",
         "FlexAttention": "flex",
@@ -86,6 +88,7 @@ def attention_call(row: Row) -> str:
     else:
         size = f"{row['batch']}x{row['heads']}x{row['queries']}"
     special = [row["dtype"], "causal" if row["causal"] else "", f"D = {row['dim']}" if row["dim"] != 64 else ""]
+    special.append(f"{row['group']} heads to a key head" if row.get("group", 1) > 1 else "")
     return ", ".join([size, *filter(None, special)])
 
 
@@ -96,7 +99,7 @@ def attention_memory() -> str:
         lambda row: [row["shape"]],
         ["call"],
         {"SDPA": "sdpa", "`native`": "native", "`tiled`": "tiled", "plain": "plain"},
-        {"SDPA": "sdpa", "`triton`": "triton", "`tiled`": "tiled", "plain": "plain"},
+        {"SDPA": "sdpa", "`triton`": "triton", "plain": "plain"},
         lambda row, name: f"{row[f'training {name} MB']:,.0f}" if f"training {name} MB" in row else "-",
         key="memory",
     )
@@ -110,8 +113,8 @@ def training_step() -> str:
         lambda row: [row["model"], str(row["batch"])],
         ["model", "batch"],
         columns,
-        columns,
-        lambda row, name: _ratio(row[name]),
+        {**columns, "in plain PyTorch / stock": "eager / stock"},
+        lambda row, name: _ratio(row.get(name)),
     )
 
 
@@ -164,31 +167,33 @@ def _by_device(
     key: str = "rows",
     keep: Callable[[Row], bool] = lambda row: True,
 ) -> str:
-    """The table of a benchmark on a CPU, and on a GPU if it ran there; ``cpu`` and ``gpu`` name the columns to show.
+    """The table of a benchmark on a CPU, and on every GPU it ran on; ``cpu`` and ``gpu`` name the columns to show.
 
     Of rows with one label, the first is shown, filled up by the others: a benchmark's default table goes before its
     longer ones.
     """
-    rows = ([row for row in _rows(name, device, key) if keep(row)] for device in ("cpu", "cuda"))
-    here, there = (_merged(found, label) for found in rows)
+    here = _merged(filter(keep, _rows(name, "cpu", key)), label)
     if not here:
         raise ValueError(f"{results_path(name, 'cpu')} is missing: run `python -m benchmarks.{name}`")
-    missing = [] if there else [UNMEASURED]
+    gpus = {title: _merged(filter(keep, rows), label) for title, rows in _gpu_rows(name, key).items()}
+    gpus = {title: rows for title, rows in gpus.items() if rows}
+    missing = [] if gpus else [UNMEASURED]
     head = [*labels, *cpu, *(["on a GPU"] if missing else [])]
-    lines = [[*labelled, *(cell(row, c) for c in cpu.values()), *missing] for labelled, row in reversed(here.items())]
-    text = _table(head, lines)
-    if there:
-        lines = [[*labelled, *(cell(row, c) for c in gpu.values())] for labelled, row in reversed(there.items())]
-        text += "\nOn a GPU:\n\n" + _table([*labels, *gpu], lines)
+    text = _table(
+        head, [[*labelled, *(cell(row, c) for c in cpu.values()), *missing] for labelled, row in here.items()]
+    )
+    for title, rows in gpus.items():
+        lines = [[*labelled, *(cell(row, c) for c in gpu.values())] for labelled, row in rows.items()]
+        text += f"\nOn one {title}:\n\n" + _table([*labels, *gpu], lines)
     return text
 
 
 def _merged(rows: Iterable[Row], label: Callable[[Row], list[str]]) -> dict[tuple[str, ...], Row]:
-    """The rows by label, last first."""
+    """The rows by label, in the order of the last of each."""
     found: dict[tuple[str, ...], Row] = {}
     for row in reversed(list(rows)):
         found[tuple(label(row))] = {**found.get(tuple(label(row)), {}), **row}
-    return found
+    return dict(reversed(found.items()))
 
 
 def _rows(name: str, device: str, key: str = "rows") -> list[Row]:
@@ -196,6 +201,18 @@ def _rows(name: str, device: str, key: str = "rows") -> list[Row]:
     first = results_path(name, device)
     paths = [first, *sorted(first.parent.glob(f"{name}_*-{device}.json"))]
     return [row for path in paths if path.exists() for row in json.loads(path.read_text(encoding="utf-8"))[key]]
+
+
+def _gpu_rows(name: str, key: str) -> dict[str, list[Row]]:
+    """GPU -> what the step ``name`` of benchmarks/gpu.sh measured on it, where it is a row for the table of ``key``."""
+    found = {}
+    for path in sorted(gpu_results.COMMITTED.glob(f"*/{name}.json")):
+        results = gpu_results.StepResults(name, path.parent)
+        measured = [row["measured"] for row in results.with_status("passed")]
+        rows = [row for case in measured for row in case.get("rows", [case])]
+        title = results.environment.get("gpu", path.parent.name)
+        found[title] = [row for row in rows if row.get("table", "rows") == key]
+    return found
 
 
 def _both_passes(row: Row, name: str) -> str:

@@ -3,12 +3,22 @@
 import importlib
 from typing import Any
 
+from hf_multimax import peft
 from hf_multimax.attention import multimax_attention
-from hf_multimax.backends import backend
+from hf_multimax.backends import backend, current_backend
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.functional import modulate, multimax
 from hf_multimax.kernels.cross_entropy import multimax_linear_cross_entropy
-from hf_multimax.modeling import register_extension_points
+from hf_multimax.models.classes import register_extension_points
+from hf_multimax.models.doors import open_doors
+from hf_multimax.models.patching import (
+    freeze_base,
+    is_patched,
+    multimax_parameters,
+    patch_model,
+    print_trainable_parameters,
+    unpatch_model,
+)
 from hf_multimax.modulator import MultiMax, Normalizer
 from hf_multimax.normalizers import (
     Learned,
@@ -18,14 +28,6 @@ from hf_multimax.normalizers import (
     register_normalizer,
     registered_normalizers,
     rowwise,
-)
-from hf_multimax.patching import (
-    freeze_base,
-    is_patched,
-    multimax_parameters,
-    patch_model,
-    print_trainable_parameters,
-    unpatch_model,
 )
 from hf_multimax.version import __version__
 
@@ -46,6 +48,7 @@ __all__ = [
     "Normalizer",
     "__version__",
     "backend",
+    "current_backend",
     "freeze_base",
     "is_patched",
     "modulate",
@@ -63,6 +66,8 @@ __all__ = [
 ]
 
 register_extension_points()
+open_doors()
+peft.register()
 
 
 #: What needs the Trainer, which is slow to import, or the Hub is imported when it is asked for.

@@ -1,5 +1,6 @@
 """The one attention function: what every patched layer calls, and what users call without Transformers."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,12 @@ from torch.nn.functional import dropout as apply_dropout
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import output_capturing
 
-from hf_multimax.backends import choose_kernel, current_backend, tiles_are_slower
+from hf_multimax.backends import choose_kernel, current_backend, exporting, require_eager, tiles_are_slower
 from hf_multimax.functional import Affine, compute_dtype, masked_softmax, modulate
 from hf_multimax.kernels import differentiated_by_functions, tiled
-from hf_multimax.modulator import MultiMax, Normalizer, active_normalizer, on_its_device
+from hf_multimax.modulator import MultiMax, Normalizer, normalizers_by_row, on_its_device
 
-__all__ = ["IMPLEMENTATION", "attention_forward", "multimax_attention"]
+__all__ = ["IMPLEMENTATION", "attention_forward", "multimax_attention", "scaled_dot_product_multimax"]
 
 #: The name under which attention is registered with Transformers.
 IMPLEMENTATION = "multimax"
@@ -41,7 +42,8 @@ def multimax_attention(
     """``dropout(softmax(sigma(q k^T * scale + bias) + attn_mask)) v``: attention with MultiMax (paper, section 4).
 
     Args:
-        q: ``[B, H, Nq, D]``, floating type; all of q, k and v are of one type.
+        q: ``[B, H, Nq, D]``, floating type; all of q, k and v are of one type. Under ``torch.autocast`` they are cast
+            to its type, as scaled_dot_product_attention's are.
         k, v: ``[B, Hkv, Nk, D]`` and ``[B, Hkv, Nk, Dv]``; H is a multiple of Hkv (grouped-query attention).
         ranges, ts: the modulator, ``[2N]`` or ``[H, 2N]``; see :func:`hf_multimax.modulate`.
         attn_mask: broadcastable to ``[B, H, Nq, Nk]``; boolean (True = keep), or additive: entries at or below half of
@@ -59,18 +61,20 @@ def multimax_attention(
         ValueError: for shapes that do not fit, ``is_causal`` with more queries than keys, or a probability outside
             [0, 1). TypeError: for a mask that is neither boolean nor floating.
     """
+    q, k, v, no_autocast = _as_autocast_wants(q, k, v)
     tiled.check_arguments(q, k, v, ranges, ts, attn_mask, bias, affine, dropout_p, is_causal)
     features = {"mask": attn_mask, "bias": bias, "affine": affine, "dropout_p": dropout_p, "causal": is_causal}
-    kernel = choose_kernel(q, k, v, ranges, ts, scale=scale, **features)
-    if kernel is not None:
-        return kernel.attention(q, k, v, ranges, ts, scale=scale, **features)
 
     def modulator(scores: Tensor) -> Tensor:
         return modulate(scores, ranges, ts, affine)
 
-    mask = _with_causal(attn_mask, q, k) if is_causal else attn_mask
-    out, _ = eager_attention(q, k, v, modulator, masked_softmax, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale)
-    return out
+    with no_autocast:
+        kernel = choose_kernel(q, k, v, ranges, ts, scale=scale, **features)
+        if kernel is not None:
+            return kernel.attention(q, k, v, ranges, ts, scale=scale, **features)
+        mask = _with_causal(attn_mask, q, k) if is_causal else attn_mask
+        options = {"mask": mask, "bias": bias, "dropout_p": dropout_p, "scale": scale}
+        return eager_attention(q, k, v, modulator, masked_softmax, **options)[0]
 
 
 def attention_forward(
@@ -92,7 +96,8 @@ def attention_forward(
     """What Transformers' AttentionInterface calls: ``[B, H, Nq, D]`` in, ``[B, Nq, H, Dv]`` and the weights out.
 
     Scores pass scaling, soft-capping, position bias, the layer's normalizer (its elementwise part), the mask, and
-    join the attention sinks, which stay unmodulated. As under SDPA, a mask of None means "causal" for a causal layer.
+    join the attention sinks, which stay unmodulated. As under SDPA, a mask of None means "causal" for a causal layer,
+    except in models written for masks that are always there.
     Other keywords (``sliding_window``, which the mask contains, packing hints for flash attention) need nothing here.
 
     Raises:
@@ -107,14 +112,13 @@ def attention_forward(
     if cache is not None:
         raise ValueError(CONTINUOUS_BATCHING_REFUSED)
     is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    is_causal = is_causal and not getattr(module, "_multimax_always_masked", False)
+    attention_mask = _with_selected_keys(module, query, key, attention_mask, kwargs)
     causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)
     weights_wanted = _weights_wanted(module, kwargs)
     sinks = s_aux if s_aux is not None else sinks
     # A layer that the config leaves out holds None: it shares its config with patched ones and keeps SoftMax.
-    normalizer = module.multimax
-    if normalizer is not None:
-        normalizer = active_normalizer(normalizer)
-    if normalizer is None and current_backend() == "auto" and not weights_wanted and sinks is None and not softcap:
+    if module.multimax is None and current_backend() == "auto" and not weights_wanted and sinks is None and not softcap:
         return sdpa_attention_forward(
             module,
             query,
@@ -130,22 +134,108 @@ def attention_forward(
         # A static cache at its first call is longer than the queries, which are its first entries.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
-    with on_its_device(normalizer):
-        out, weights = _attend(
-            normalizer,
-            query,
-            key,
-            value,
-            weights_wanted,
-            mask=attention_mask,
-            bias=position_bias,
-            dropout_p=dropout if module.training else 0.0,
-            causal=causal,
-            scale=scaling,
-            softcap=softcap,
-            sinks=sinks,
-        )
+    query, key, value, no_autocast = _as_autocast_wants(query, key, value)
+    options = {
+        "dropout_p": dropout if module.training else 0.0,
+        "causal": causal,
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": sinks,
+    }
+    parts = []
+    with no_autocast:
+        for normalizer, rows in _normalizers(module, query.shape[0]):
+            tensors = (query, key, value, attention_mask, position_bias)
+            q, k, v, mask, bias = tensors if rows is None else (_rows_of(x, rows, query.shape[0]) for x in tensors)
+            with on_its_device(normalizer):
+                parts.append((_attend(normalizer, q, k, v, weights_wanted, mask=mask, bias=bias, **options), rows))
+    (out, weights), rows = parts[0]
+    if rows is not None:
+        order = torch.cat([rows for _, rows in parts]).argsort().to(query.device)
+        out = torch.cat([out for (out, _), _ in parts])[order]
+        weights = None if weights is None else torch.cat([weights for (_, weights), _ in parts])[order]
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _with_selected_keys(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The mask with the keys that a sparse layer's indexer selects, which such layers tell kernels of their own only.
+
+    ``indices`` is ``[B, Nq, selected]``; of ``block_indices``, blocks of keys, the layer's indexer makes a mask.
+    """
+    batch, rows, keys = query.shape[0], query.shape[2], key.shape[2]
+    indices, blocks = kwargs.get("indices"), kwargs.get("block_indices")
+    if indices is not None:
+        keep = torch.zeros(batch, rows, keys, dtype=torch.bool, device=query.device)
+        keep = keep.scatter(-1, indices.long(), True).unsqueeze(1)
+        return keep if mask is None else _with_mask(mask, keep)
+    if blocks is not None:
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(keys - rows, keys, device=query.device)
+        positions = (positions if positions.ndim > 1 else positions.unsqueeze(0)).expand(batch, -1)
+        return module.indexer.build_block_mask(blocks, mask, keys, query.dtype, query.device, positions)
+    return mask
+
+
+def _normalizers(module: nn.Module, rows: int) -> list[tuple[Normalizer | None, Tensor | None]]:
+    return [(None, None)] if module.multimax is None else normalizers_by_row(module.multimax, rows)
+
+
+def _rows_of(x: Tensor | None, rows: Tensor, batch: int) -> Tensor | None:
+    """The rows of a batch; what has none, or one for all, as it is."""
+    return x if x is None or x.ndim < 4 or x.shape[0] != batch else x[rows.to(x.device)]
+
+
+def scaled_dot_product_multimax(
+    normalizer: Normalizer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` through a layer's normalizer.
+
+    Args:
+        query: ``[..., Nq, D]``, at least two dimensions; key, value: ``[..., Nk, D]`` and ``[..., Nk, Dv]``.
+        attn_mask: boolean (True = keep) or additive, broadcastable to ``[..., Nq, Nk]``; it acts after the modulator.
+        is_causal: query i sees the keys up to i, as there.
+        others: as there.
+
+    Returns:
+        ``[..., Nq, Dv]``.
+    """
+    query, key, value, no_autocast = _as_autocast_wants(query, key, value)
+    lead, (rows, keys) = query.shape[:-2], (query.shape[-2], key.shape[-2])
+    if is_causal and rows != keys:
+        causal = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril()
+        attn_mask = causal if attn_mask is None else _with_mask(attn_mask, causal)
+    if attn_mask is not None and len(lead) != 2:
+        attn_mask = attn_mask.expand(*lead, rows, keys).reshape(-1, *lead[-1:], rows, keys)
+    q, k, v = (
+        x if x.ndim == 4 else x.reshape(-1, *(x.shape[-3:-2] or (1,)), *x.shape[-2:]) for x in (query, key, value)
+    )
+    with no_autocast:
+        out, _ = _attend(
+            normalizer,
+            q,
+            k,
+            v,
+            False,
+            mask=attn_mask,
+            bias=None,
+            dropout_p=dropout_p,
+            causal=is_causal and rows == keys,
+            scale=scale,
+            softcap=None,
+            sinks=None,
+        )
+    return out.reshape(*lead, rows, value.shape[-1])
 
 
 def _attend(
@@ -161,7 +251,10 @@ def _attend(
     **features: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention through a layer's normalizer, by the backend that the user chose or that suits the call."""
-    if isinstance(normalizer, MultiMax):
+    sinks = features["sinks"]
+    if sinks is not None and sinks.ndim > 1:  # one for each query: [B, H, Nq, 1]
+        require_eager("attention sinks that differ from query to query")
+    elif isinstance(normalizer, MultiMax):
         ranges, ts, features["affine"] = normalizer.ranges, normalizer.ts, normalizer.affine
         kernel = choose_kernel(q, k, v, ranges, ts, weights=weights_wanted, mask=mask, causal=causal, **features)
         if kernel is not None:
@@ -195,6 +288,20 @@ def _attend(
     )
 
 
+def _as_autocast_wants(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """q, k and v in autocast's type where it is on, and a context without it for what is computed of them.
+
+    Rotary models hand q and k in float32 and v in autocast's type; SDPA, which is on autocast's list, casts them.
+    Inside, autocast would round what the kernels keep in float32.
+    """
+    device = q.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return q, k, v, contextlib.nullcontext()
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    return q, k, v, torch.autocast(device, enabled=False)
+
+
 class _Unhooked(nn.Module):
     """A normalizer without its hooks: those of FSDP2 would end its backward pass after the first tile."""
 
@@ -213,7 +320,7 @@ def _in_tiles(q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor | None, w
     possible = possible and not differentiated_by_functions()
     if current_backend() == "tiled":
         return possible
-    return possible and current_backend() == "auto" and not tiles_are_slower(q, k)
+    return possible and current_backend() == "auto" and not exporting() and not tiles_are_slower(q, k)
 
 
 def _weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -267,7 +374,8 @@ def _normalize_with_sinks(
     scores: Tensor, normalize: Callable[..., Tensor], keep: Tensor | None, sinks: Tensor
 ) -> Tensor:
     """Probabilities of the keys where each head has one more logit, its sink, that takes a share and gives nothing."""
-    sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    sinks = sinks.to(scores.dtype)
+    sink = (sinks.view(1, -1, 1, 1) if sinks.ndim == 1 else sinks).expand(*scores.shape[:-1], 1)
     if keep is not None:
         keep = torch.cat([keep.expand_as(scores), torch.ones_like(sink, dtype=torch.bool)], dim=-1)
     return normalize(torch.cat([scores, sink], dim=-1), -1, keep)[..., :-1]
@@ -289,11 +397,12 @@ def _with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
     """``mask`` and the causal mask, aligned at the last query and the last key."""
     queries, keys = q.shape[2], k.shape[2]
     causal = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    if mask is None:
-        return causal
-    if mask.dtype == torch.bool:
-        return mask & causal
-    return mask.masked_fill(~causal, torch.finfo(mask.dtype).min)
+    return causal if mask is None else _with_mask(mask, causal)
+
+
+def _with_mask(mask: Tensor, keep: Tensor) -> Tensor:
+    """A mask of either kind and a boolean one in one."""
+    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
 
 
 def _identity(x: Tensor) -> Tensor:

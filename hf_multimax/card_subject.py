@@ -8,10 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_multimax.config import MultiMaxConfig
-from hf_multimax.modeling import is_patched
+from hf_multimax.models.classes import is_patched
+from hf_multimax.models.patching import multimax_parameters
 from hf_multimax.modulator import MultiMax, Normalizer, named_normalizers, on_its_device, whole
 from hf_multimax.normalizers import get_normalizer, registered_normalizers
-from hf_multimax.patching import multimax_parameters
 from hf_multimax.results import MEASURES, Arm, Results, one_line
 
 __all__ = ["Subject", "find_subject", "layer_modulators", "modulator_of", "stock_name"]

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import logging
-import math
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 #: Beyond it, scores of a few hundred overflow float32.
 MAX_ORDER = 16
+#: Fields of later versions, and their defaults.
+_ADDED = {"outside": "softmax"}
 _MAX_PATTERN = 300
 _MAX_REPEATS = 4
 
@@ -41,6 +43,9 @@ class MultiMaxConfig:
     init_std: float = _option(0.02, "standard deviation of init='paper' (a normal distribution cut at -2 and 2)")
     include: list[str] | str | None = _option(None, "regular expressions: only attention layers whose name matches one")
     exclude: list[str] | str | None = _option(None, "regular expressions: no attention layer whose name matches one")
+    outside: str = _option(
+        "softmax", "attention outside Transformers' interface: 'softmax' answers its softmax, 'refuse' raises"
+    )
 
     def __post_init__(self) -> None:
         self._unknown: dict[str, Any] = {}
@@ -58,6 +63,7 @@ class MultiMaxConfig:
         self._check("order", self.order <= MAX_ORDER, f"must be at most {MAX_ORDER}")
         self._check("order", not (self.affine and self.order != 1), "must be 1 when affine is true")
         self._check("init", self.init in ("identity", "paper"), "must be 'identity' or 'paper'")
+        self._check("outside", self.outside in ("softmax", "refuse"), "must be 'softmax' or 'refuse'")
         self._check("init_std", _is_positive(self.init_std), "must be a number > 0")
         for name in ("include", "exclude"):
             self._check_patterns(name)
@@ -85,8 +91,12 @@ class MultiMaxConfig:
         return new
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict of JSON types, with the keys of a newer version that ``from_dict`` did not know."""
+        """A plain dict of JSON types, with the keys of a newer version that ``from_dict`` did not know.
+
+        A field that the first version did not have is left out at its default: older versions then know every key.
+        """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {name: value for name, value in values.items() if _ADDED.get(name, self) != value}
         return json.loads(json.dumps({**self._unknown, **values}))
 
     @classmethod
@@ -110,7 +120,7 @@ class MultiMaxConfig:
 
     def _check(self, name: str, valid: bool, requirement: str) -> None:
         if not valid:
-            raise ValueError(f"MultiMaxConfig.{name} {requirement}, got {getattr(self, name)!r}")
+            raise ValueError(f"MultiMaxConfig.{name} {requirement}, got {shown(getattr(self, name))}")
 
     def _check_patterns(self, name: str) -> None:
         value = getattr(self, name)
@@ -146,12 +156,22 @@ def _may_take_forever(pattern: str) -> bool:
     return forks > _MAX_REPEATS
 
 
+def shown(value: Any, most: int = 100) -> str:
+    """``repr`` for an error message: short, and possible for an integer of any length."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = "an integer of thousands of digits"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    """Whether a value is a number above 0 that float64 holds; integers of JSON have no bound."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _is_json_object(value: Any) -> bool:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_multimax.backends import backend
+from hf_multimax.models.patching import patch_model, unpatch_model
 from hf_multimax.modulator import Normalizer, named_normalizers
-from hf_multimax.patching import patch_model, unpatch_model
 
 __all__ = ["Measure", "attention_statistics", "entropy", "modulator_curve", "multi_modality", "sparsity", "topk_mass"]
 

@@ -74,7 +74,7 @@ def multimax(
 
 def masked_softmax(x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
     """SoftMax over the entries that ``mask`` keeps and that are not minus infinity; zeros where a row keeps nothing."""
-    keep = x != float("-inf")
+    keep = ~(x <= torch.finfo(x.dtype).min / 2)  # true for NaN, which is not to vanish
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be boolean (True = keep), got {mask.dtype}")
@@ -87,23 +87,34 @@ def masked_softmax(x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tens
 
 def _modulate(x: Tensor, ranges: Tensor, ts: Tensor, affine: Affine | None) -> Tensor:
     """sigma(x) in x's own type, without checks."""
-    score = x
-    # Minus infinity (or finfo.min, which some models write into their logits) stays: 0 * inf would be NaN.
-    masked = score <= torch.finfo(x.dtype).min / 2
-    x = score.masked_fill(masked, 0.0)
+    score, largest = x, torch.finfo(x.dtype).max
+    # Infinity stays, as does finfo.min, which some models write into their logits: 0 * inf would be NaN.
+    stays = ~((score > -largest / 2) & (score <= largest))
+    out = x = score.masked_fill(stays, 0.0)
     if affine is not None:
         scale, shift = (_per_head(a.to(x.dtype), 0) for a in affine)
-        x = scale * x + shift
+        out = scale * x + shift
+        x = out.clamp(-largest, largest)  # where it overflows, slopes of 0 must still leave nothing
     ranges, ts = _per_head(ranges.to(x.dtype), 1), _per_head(ts.to(x.dtype), 1)
-    out = x
     for n, (b, d, t_b, t_d) in enumerate(zip(ranges[0::2], ranges[1::2], ts[0::2], ts[1::2]), start=1):
-        # relu, not clamp: its gradient at the threshold is zero, as in the definition
-        out = out + (t_b * _power(relu(b - x), n) + t_d * _power(relu(x - d), n))
-    return torch.where(masked, score, out)
+        out = out + (_term(t_b, b - x, n) + _term(t_d, x - d, n))
+    return torch.where(stays, score.detach(), out)
 
 
-def _power(x: Tensor, n: int) -> Tensor:
-    return x if n == 1 else x.square() if n == 2 else x**n
+def _term(t: Tensor, excess: Tensor, n: int) -> Tensor:
+    """``t * max(excess, 0)**n``: 0 wherever t is, and without a gradient where the power all but overflows."""
+    if n == 1:
+        return t * relu(excess)  # not clamp: the gradient at the threshold is zero, as in the definition
+    most = (torch.finfo(excess.dtype).max / 256) ** (1 / n)
+    near = _times_power(t, excess.clamp(0.0, most), n)
+    return torch.where(excess > most, _times_power(t.detach(), excess.detach(), n), near)
+
+
+def _times_power(t: Tensor, x: Tensor, n: int) -> Tensor:
+    """``t * x**n``, multiplied from t on, so that no 0 meets an infinite power, here or in the gradients."""
+    for _ in range(n):
+        t = t * x
+    return t
 
 
 def _per_head(parameter: Tensor, own_dims: int) -> Tensor:

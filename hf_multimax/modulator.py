@@ -145,6 +145,35 @@ def active_normalizer(module: nn.Module) -> Normalizer:
     return module if isinstance(module, Normalizer) else module.reset_parameters.__self__
 
 
+def normalizers_by_row(module: nn.Module, rows: int) -> list[tuple[Normalizer, Tensor | None]]:
+    """The normalizer of every row of a batch: each one that acts, and the indices of its rows (None for all of them).
+
+    PEFT's ``adapter_names`` gives each row an adapter, in a hook of the ``forward`` that attention does not call. An
+    adapter without scalars of its own, and ``"__base__"``, have the layer's.
+
+    Raises:
+        ValueError: if there are not as many names as rows.
+    """
+    if isinstance(module, Normalizer):
+        return [(module, None)]
+    hooks = module._forward_pre_hooks.values()
+    names = next((hook.keywords["adapter_names"] for hook in hooks if "adapter_names" in _keywords(hook)), None)
+    if names is None:
+        return [(active_normalizer(module), None)]
+    if len(names) != rows:
+        raise ValueError(f"adapter_names has {len(names)} names for a batch of {rows} rows")
+    own = module.modules_to_save
+    groups: dict[Normalizer, list[int]] = {}
+    for row, name in enumerate(names):
+        acting = own[name] if name in own else module.original_module  # noqa: SIM401 - a ModuleDict has no get
+        groups.setdefault(acting, []).append(row)
+    return [(normalizer, torch.tensor(where)) for normalizer, where in groups.items()]
+
+
+def _keywords(function: Any) -> dict[str, Any]:
+    return getattr(function, "keywords", {})
+
+
 def named_normalizers(model: nn.Module) -> Iterator[tuple[str, Normalizer]]:
     """Every layer's name and the normalizer that acts in it; ``multimax_output`` is that of the output logits."""
     for name, module in model.named_modules():

@@ -14,9 +14,9 @@ In a patched model, ``entmax`` and ``rsoftmax`` learn their option with ``normal
 
 import functools
 import math
+from types import ModuleType
 from typing import Any
 
-import entmax
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -58,6 +58,9 @@ __all__ = [
 #: What the others keep in ev-softmax's training mode, so that the logarithm stays finite.
 _EV_TRAINING_FACTOR = 1e-6
 
+#: What r-softmax lowers its threshold by, so that the largest score stays above it.
+_THRESHOLD_SHIFT = 1e-8
+
 #: Inverse temperature of adaptive temperature as a polynomial in the entropy, highest power first.
 _ADAPTIVE_POLYNOMIAL = (-0.037, 0.481, -2.3, 4.917, -1.791)
 
@@ -83,7 +86,7 @@ class SoftMax(Normalizer):
 
 @rowwise
 def _softmax(x: Tensor, keep: Tensor, temperature: float = 1.0) -> Tensor:
-    return (x if temperature == 1.0 else x / temperature).softmax(-1)
+    return (x if temperature == 1.0 else _below_peak(x) / temperature).softmax(-1)
 
 
 def _softmax_module(config: MultiMaxConfig, num_heads: int | None) -> SoftMax:
@@ -122,14 +125,23 @@ def _multimax_module(config: MultiMaxConfig, num_heads: int | None) -> MultiMax:
 # -- the entmax family -------------------------------------------------------------------------------------------------
 
 
+def _entmax_package(normalizer: str) -> ModuleType:
+    """The entmax package, which only some normalizers need: imported when one of them first runs."""
+    try:
+        import entmax
+    except ImportError as error:
+        raise ImportError(f"normalizer {normalizer!r} needs the entmax package: pip install entmax") from error
+    return entmax
+
+
 @rowwise
 def _sparsemax(x: Tensor, keep: Tensor) -> Tensor:
-    return entmax.sparsemax(x, dim=-1)
+    return _entmax_package("sparsemax").sparsemax(x, dim=-1)
 
 
 @rowwise
 def _entmax15(x: Tensor, keep: Tensor) -> Tensor:
-    return entmax.entmax15(x, dim=-1)
+    return _entmax_package("entmax15").entmax15(x, dim=-1)
 
 
 @rowwise
@@ -147,7 +159,14 @@ class _Entmax(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor) -> Tensor:
-        p = _solve_entmax(x - x.amax(-1, keepdim=True), _positive(alpha - 1))
+        z, d = x - x.amax(-1, keepdim=True), _positive(alpha - 1)
+        steep = d > 1
+        if steep.all():
+            p = _solve_steep_entmax(z, d)
+        else:
+            p = _solve_entmax(z, d.clamp(max=1.0))
+            if steep.any():
+                p = torch.where(steep, _solve_steep_entmax(z, d.clamp(min=1.0)), p)
         ctx.save_for_backward(p, alpha)
         return p
 
@@ -158,11 +177,23 @@ class _Entmax(Function):
         d = _positive(alpha - 1)
         log_p = torch.where(p > 0, p, 1.0).log()
         grad_x = grad_alpha = None
+        # p ** (1 - d) may overflow for steep alphas: here over its largest, and below only up to a bound
+        steepness = torch.where(p > 0, (1 - d) * log_p, -math.inf)
+        most, steepest = steepness.max(-1, keepdim=True)
+        weight = torch.exp(steepness - most)
+        weight_sum = weight.sum(-1, keepdim=True)
         if ctx.needs_input_grad[0]:
-            weight = torch.where(p > 0, torch.exp((1 - d) * log_p), 0.0)
-            grad_x = weight * (grad - (weight * grad).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True))
+            relative = grad - grad.gather(-1, steepest)
+            mean = (weight * relative).sum(-1, keepdim=True) / weight_sum
+            bounded = steepness.clamp(max=math.log(torch.finfo(p.dtype).max) / 2).exp()
+            # the steepest entry's is minus the sum of the others', of which its own formula would leave no digits
+            grad_x = (bounded * (relative - mean)).scatter(-1, steepest, 0.0)
+            grad_x = grad_x.scatter(-1, steepest, -grad_x.sum(-1, keepdim=True))
         if ctx.needs_input_grad[1]:
-            grad_alpha = (grad * _entmax_by_alpha(p, log_p, d)).sum(-1, keepdim=True)
+            by_alpha = _entmax_by_alpha(p, log_p, d)
+            if (d > 1).any():
+                by_alpha = torch.where(d > 1, _steep_entmax_by_alpha(p, log_p, weight / weight_sum, d), by_alpha)
+            grad_alpha = (grad * by_alpha).sum(-1, keepdim=True)
         return grad_x, grad_alpha
 
 
@@ -172,10 +203,9 @@ def _positive(d: Tensor) -> Tensor:
 
 
 def _solve_entmax(z: Tensor, d: Tensor, most_steps: int = 100) -> Tensor:
-    """The p of :class:`_Entmax`: Newton's method on ``|| (1 + d (z - s))_+ ||_{1/d}``, convex for alpha <= 2 (2 to 9
-    steps), else bisection."""
+    """The p of :class:`_Entmax` for d <= 1: Newton's method on ``|| (1 + d (z - s))_+ ||_{1/d}``, convex: few steps."""
     s, low, high = torch.zeros_like(d), torch.zeros_like(d), -torch.expm1(-d * math.log(z.shape[-1])) / d
-    tolerance = torch.finfo(z.dtype).eps * torch.where(d <= 1, 4.0, 0.25)
+    tolerance = 4.0 * torch.finfo(z.dtype).eps
     for _ in range(most_steps):
         base = (d * (z - s)).clamp(min=-1.0)
         p = torch.exp(torch.log1p(base) / d)
@@ -184,11 +214,39 @@ def _solve_entmax(z: Tensor, d: Tensor, most_steps: int = 100) -> Tensor:
         step = torch.expm1(d * total.log()) / d * total ** (1 - d) / slope
         low, high = torch.where(total >= 1, s, low), torch.where(total >= 1, high, s)
         moved = s + step
-        moved = torch.where((d <= 1) & (moved >= low) & (moved <= high), moved, (low + high) / 2)
+        moved = torch.where((moved >= low) & (moved <= high), moved, (low + high) / 2)
         if ((moved - s).abs() <= tolerance * (1 + s.abs())).all():
             break
         s = moved
     return p / total
+
+
+def _solve_steep_entmax(z: Tensor, d: Tensor, most_steps: int = 100) -> Tensor:
+    """The p of :class:`_Entmax` for d >= 1, where scores that hardly differ may have very different p.
+
+    Written as ``p_i = (r^d + d (z_i - z_k)) ** (1/d)`` from the smallest score z_k of the support on, with ``r = p_k``,
+    so that nothing cancels; their sum is convex in r, and Newton's method finds where it is 1 from r = 1 down.
+    """
+    ordered = z.sort(-1, descending=True).values
+    inside, outside = torch.zeros_like(d, dtype=torch.long), torch.full_like(d, z.shape[-1], dtype=torch.long)
+    for _ in range(z.shape[-1].bit_length()):  # of z_0 = 0, which is in the support, and the first score that is not
+        middle = ((inside + outside) // 2).clamp(max=z.shape[-1] - 1)
+        least = ordered.gather(-1, middle)
+        room = torch.where(z > least, (d * (z - least)) ** (1 / d), 0.0).sum(-1, keepdim=True) < 1
+        inside, outside = torch.where(room, middle, inside), torch.where(room, outside, middle)
+    least = ordered.gather(-1, inside)
+    kept = z >= least
+    log_gap = torch.where(kept, d * (z - least), 0.0).log()
+    r = torch.ones_like(d)
+    for _ in range(most_steps):
+        log_p = torch.where(kept, torch.logaddexp(d * r.log(), log_gap) / d, -math.inf)
+        p = log_p.exp()
+        slope = torch.where(kept, torch.exp((d - 1) * (r.log() - log_p)), 0.0).sum(-1, keepdim=True)
+        moved = (r - (p.sum(-1, keepdim=True) - 1) / slope).clamp(min=torch.finfo(z.dtype).tiny)
+        if (r - moved <= 4.0 * torch.finfo(z.dtype).eps * r).all():
+            break
+        r = torch.minimum(moved, r)
+    return p / p.sum(-1, keepdim=True)
 
 
 def _entmax_by_alpha(p: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
@@ -198,6 +256,12 @@ def _entmax_by_alpha(p: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
     second = log_p.square() * _expm1_minus_u_over(u)  # (expm1(u) - u) / d^2
     mean_first, mean_second, mean_log = ((p * part).sum(-1, keepdim=True) for part in (first, second, log_p))
     return p / (1 + d * mean_first) * (mean_second - second - mean_first * log_p + first * mean_log)
+
+
+def _steep_entmax_by_alpha(p: Tensor, log_p: Tensor, weight: Tensor, d: Tensor) -> Tensor:
+    """dp/dalpha for d > 1 in its published form; ``weight`` is ``p ** (1 - d)`` over its sum."""
+    entropy = (p * log_p).sum(-1, keepdim=True)
+    return (p - weight) / d**2 - (p * log_p - weight * entropy) / d
 
 
 def _expm1_over(u: Tensor) -> Tensor:
@@ -223,20 +287,27 @@ def _expm1_minus_u_over(u: Tensor) -> Tensor:
 
 @rowwise
 def _fusedmax(x: Tensor, keep: Tensor, lam: float = 1.0) -> Tensor:
+    x = _below_peak(x)
+    # Scores that far down stay apart from the support, whatever they are; they would take the digits of the others.
+    x = x.clamp(min=-4 * lam - 2)
     if bool(keep.all()):
-        return entmax.sparsemax(prox_tv(x, lam), dim=-1)
+        return _entmax_package("fusedmax").sparsemax(prox_tv(x, lam), dim=-1)
     # The kept entries move together: what a mask removes does not stand between neighbours.
     order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
     there = keep.gather(-1, order)
     scores = x.gather(-1, order).masked_fill(~there, 0.0)
     scores = prox_tv(scores, lam, there.sum(-1, keepdim=True)).masked_fill(~there, -math.inf)
-    return torch.zeros_like(x).scatter(-1, order, entmax.sparsemax(scores, dim=-1))
+    return torch.zeros_like(x).scatter(-1, order, _entmax_package("fusedmax").sparsemax(scores, dim=-1))
 
 
 @rowwise
 def _oscarmax(x: Tensor, keep: Tensor, alpha: float = 0.0, beta: float | None = None) -> Tensor:
+    # As in fusedmax; here signs and ranks of magnitudes count, so that the bound is further away.
+    count = keep.sum(-1, keepdim=True).to(x.dtype)
+    strength = alpha + (2.0 if beta is None else beta * count)
+    x = x.maximum(-2 * x.detach().amax(-1, keepdim=True).abs() - 4 * strength - 2)
     scores = prox_oscar(x.masked_fill(~keep, 0.0), keep, alpha, beta)
-    return entmax.sparsemax(scores.masked_fill(~keep, -math.inf), dim=-1)
+    return _entmax_package("oscarmax").sparsemax(scores.masked_fill(~keep, -math.inf), dim=-1)
 
 
 # -- SoftMax with something left out -----------------------------------------------------------------------------------
@@ -244,20 +315,27 @@ def _oscarmax(x: Tensor, keep: Tensor, alpha: float = 0.0, beta: float | None = 
 
 @rowwise
 def _rsoftmax(x: Tensor, keep: Tensor, sparsity: float | Tensor = 0.5) -> Tensor:
-    z = x - x.amax(-1, keepdim=True)
-    return _weighted_softmax(z, _sparsity_threshold(z.detach(), keep, sparsity))
+    z = x.detach() - x.detach().amax(-1, keepdim=True)
+    return _weighted_softmax(x, _sparsity_threshold(z, keep, sparsity))
 
 
 @rowwise
 def _tsoftmax(x: Tensor, keep: Tensor, t: float | Tensor) -> Tensor:
-    return _weighted_softmax(x - x.amax(-1, keepdim=True), t)
+    return _weighted_softmax(x, t)
 
 
-def _weighted_softmax(z: Tensor, t: float | Tensor) -> Tensor:
-    """``w exp(z) / sum(w exp(z))`` with ``w = max(z + t, 0)``; as SoftMax of ``z + log w``, whose gradient stays exact
-    where a single entry is left and w is tiny."""
-    weight = relu(z + t)
+def _weighted_softmax(x: Tensor, t: float | Tensor) -> Tensor:
+    """``w exp(z) / sum(w exp(z))`` with ``z = x - max x`` and ``w = max(z + t, 0)``; as SoftMax of ``z + log w``, whose
+    gradient stays exact where a single entry is left and w is tiny.
+    """
+    z = x - x.amax(-1, keepdim=True)
+    largest = z == 0
+    # the z of a single largest entry is constant, of which differences of large gradients would leave no digits
+    weight = relu(torch.where(largest & (largest.sum(-1, keepdim=True) == 1), 0.0, z) + t)
+    if isinstance(t, Tensor):  # where all entries stand at the threshold the shift is their weight, and no slope
+        weight = torch.where(t.detach() <= 2 * _THRESHOLD_SHIFT, weight.detach(), weight)
     inside = weight > 0
+    z = x - x.detach().amax(-1, keepdim=True)
     return torch.where(inside, z + torch.where(inside, weight, 1.0).log(), -math.inf).softmax(-1)
 
 
@@ -274,7 +352,7 @@ def _sparsity_threshold(z: Tensor, keep: Tensor, sparsity: float | Tensor) -> Te
     position = q * (count - 1)
     index = position.detach().floor().long()
     below, above = ordered.gather(-1, index), ordered.gather(-1, (index + 1).minimum(count - 1))
-    return -(below + (position - index) * (above - below)) + 1e-8
+    return -(below + (position - index) * (above - below)) + _THRESHOLD_SHIFT
 
 
 @rowwise
@@ -316,7 +394,12 @@ def _scalable_softmax(x: Tensor, keep: Tensor, s: float | Tensor = 0.43) -> Tens
 
 def _scaled_softmax(x: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
     """SoftMax of ``scale * x``, where the scale of a row may be 0 or carry a gradient."""
-    return torch.where(keep, scale * torch.where(keep, x, 0.0), -math.inf).softmax(-1)
+    return torch.where(keep, scale * _below_peak(x), -math.inf).softmax(-1)
+
+
+def _below_peak(x: Tensor) -> Tensor:
+    """Scores less the row's largest, finite: what SoftMax does not see, and what no factor takes to plus infinity."""
+    return (x - x.detach().amax(-1, keepdim=True)).clamp(min=torch.finfo(x.dtype).min)
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------

@@ -237,10 +237,10 @@ def rowwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if takes_training:
             options["training"] = training
         scores = x.to(compute_dtype(x.dtype)).movedim(dim, -1)
-        keep = scores != -math.inf
+        keep = ~(scores <= torch.finfo(scores.dtype).min / 2)  # true for NaN, which is not to vanish
         if mask is not None:
             keep = keep & mask.expand(x.shape).movedim(dim, -1)
-            scores = torch.where(keep, scores, -math.inf)  # where, not masked_fill, which is slow on a CPU
+        scores = torch.where(keep, scores, -math.inf)  # where, not masked_fill, which is slow on a CPU
         peak = scores.detach().amax(-1, keepdim=True)
         usable = peak.isfinite()
         options = {name: _aligned(value, scores, dim) for name, value in options.items()}

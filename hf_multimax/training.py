@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
@@ -32,9 +31,9 @@ from transformers import (
 
 from hf_multimax.cards import layer_modulators, model_card
 from hf_multimax.diagnostics import attention_statistics
+from hf_multimax.models.loader_file import write_loader
+from hf_multimax.models.patching import is_patched, multimax_parameters
 from hf_multimax.modulator import named_normalizers, whole
-from hf_multimax.patching import is_patched, multimax_parameters
-from hf_multimax.remote import write_loader
 
 __all__ = [
     "MultiMaxArgumentsMixin",
@@ -145,6 +144,8 @@ class MultiMaxTrainerMixin:
     def _check_clip(self) -> None:
         if self.args.max_grad_norm <= 0 or self.args.multimax_clip == "global" or not multimax_parameters(self.model):
             return
+        from accelerate.utils import DistributedType  # the Trainer, which names it if it is missing, needs it first
+
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         fsdp1 = self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2
         if deepspeed or fsdp1:

@@ -45,6 +45,8 @@ from recipes.record import (
     write_json,
 )
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["Job", "main", "parse"]
 
 TRAINER_STATE = "trainer_state.json"
@@ -245,13 +247,14 @@ def run(job: Job, trainer: Trainer, training: TrainingArguments, origin: dict[st
     costs = Costs(training.device)
     trainer.add_callback(costs)
     begin = time.perf_counter()
-    train(trainer, training)
+    diverged = not train(trainer, training)
     trained = time.perf_counter()
     training.dataloader_drop_last = False  # what is held out counts whole
     metrics = job.evaluate(trainer)
     evaluated = time.perf_counter()
     layers = layer_figures(trainer)
-    trainer.save_model()
+    if not diverged:  # there would be nothing but NaN in it
+        trainer.save_model()
     if not trainer.is_world_process_zero():
         return None
     results = {
@@ -282,12 +285,17 @@ def run(job: Job, trainer: Trainer, training: TrainingArguments, origin: dict[st
     return results
 
 
-def train(trainer: Trainer, training: TrainingArguments) -> None:
-    """Train, or load what a run that was interrupted after its last step has left."""
+def train(trainer: Trainer, training: TrainingArguments) -> bool:
+    """Train, or load what a run that was interrupted after its last step has left; False if the scalars diverged."""
     checkpoint = training.resume_from_checkpoint
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE)) if checkpoint else None
     if state is not None and 0 < training.max_steps <= state.global_step:  # the Trainer would do one step more
         trainer._load_from_checkpoint(checkpoint)
         trainer.state = state
     else:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except FloatingPointError as error:  # a result like others in a comparison
+            logger.warning(f"the run has diverged, and its model is not saved: {error}")
+            return False
+    return True

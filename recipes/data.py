@@ -1,14 +1,13 @@
 """Real data for the recipes: what is on every machine, Debian's data packages, local files, and the Hub.
 
-Debian packages are downloaded and unpacked, not installed, into the folder of :func:`cache_dir`. Whatever cannot be
-read raises :class:`DataError`, whose text is one sentence that names the culprit.
+Debian packages are downloaded and unpacked, not installed, into the package's cache folder. Whatever cannot be read
+raises :class:`DataError`, whose text is one sentence that names the culprit.
 """
 
 import gzip
 import html
 import importlib
 import logging
-import os
 import re
 import shutil
 import struct
@@ -25,12 +24,13 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hf_multimax.cache import cache_folder
+
 __all__ = [
     "BUILT_IN_TEXTS",
     "DataError",
     "FASHION_MNIST_CLASSES",
     "Images",
-    "cache_dir",
     "debian_package",
     "describe",
     "describe_text",
@@ -325,14 +325,6 @@ def _read_help(folder: Path) -> dict[tuple[str, str], str]:
 # -- Debian packages ---------------------------------------------------------------------------------------------------
 
 
-def cache_dir() -> Path:
-    """Where fetched data is kept: ``$HF_MULTIMAX_CACHE``, else ``hf_multimax`` in the user's cache folder."""
-    chosen = os.environ.get("HF_MULTIMAX_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_multimax"
-
-
 def debian_package(name: str) -> Path:
     """The folder that holds the files of a Debian package (``usr/...``), fetched at the first call.
 
@@ -341,7 +333,10 @@ def debian_package(name: str) -> Path:
     Raises:
         DataError: if the package cannot be fetched, with the reason and the way out.
     """
-    folder = cache_dir() / "debian" / name
+    try:
+        folder = cache_folder() / "debian" / name
+    except OSError as error:
+        raise DataError(str(error)) from error
     if folder.is_dir():
         return folder
     logger.info(f"fetching the Debian package {name} into {folder}")
@@ -379,7 +374,7 @@ def _run(*command: str, package: str, folder: Path) -> None:
 def _unavailable(package: str, reason: str) -> DataError:
     return DataError(
         f"the Debian package {package} cannot be fetched ({reason}): on Debian or Ubuntu run `apt-get update` with a "
-        f"network, elsewhere unpack the package into {cache_dir() / 'debian' / package}"
+        f"network, elsewhere unpack the package into {cache_folder() / 'debian' / package}"
     )
 
 

@@ -67,7 +67,7 @@ generated = model.generate(
     pad_token_id=tokenizer.eos_token_id,
 )
 save_file({{"logits": logits, "generated": generated}}, exchange)
-print(type(model).__name__)
+print(repr(model).partition("(")[0])
 """
 
 

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.utils import ModelOutput
 
-from hf_multimax.discovery import attention_layers
+from hf_multimax.models.discovery import attention_layers
 from hf_multimax.training import MultiMaxTrainingArguments
 from recipes.augmentation import AugmentationArguments
 from recipes.common import Job, main

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_multimax.functional import masked_softmax, modulate
-from tests.tolerances import ATTENTION, assert_draws_no_worse, assert_no_worse, relative_error
+from tests.tolerances import ATTENTION, RELATIVE, assert_close, assert_draws_no_worse, assert_no_worse, relative_error
 
 
 def reference(
@@ -157,6 +157,11 @@ def run(attention: Callable, tensors: dict[str, Tensor], options: dict, grad: Te
     return {"out": out.detach(), **dict(zip(leaves, found))}
 
 
+def doubled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same in float64."""
+    return {name: x.double() for name, x in tensors.items()}
+
+
 def check(attention: Callable, case: Case, dtype: torch.dtype = torch.float32, draws: int = 24) -> None:
     """Compare ``attention`` with the float64 reference, and with what the plain computation of the same type errs.
 
@@ -178,6 +183,21 @@ def check(attention: Callable, case: Case, dtype: torch.dtype = torch.float32, d
         assert_draws_no_worse(*both, f"{case.name}: {name}")
 
 
+def check_half(attention: Callable, case: Case, dtype: torch.dtype) -> None:
+    """Compare one draw of an ordinary call in half precision with float64.
+
+    Weights and score gradients are rounded before the products, and what is stored in half precision once more. The
+    gradients of parameters, masks and biases, which are float32, are as good as in float32.
+    """
+    actual, _, exact = _results(attention, case, dtype)
+    for name, found in actual.items():
+        tolerance = 4 * RELATIVE[dtype] if found.dtype == dtype else ATTENTION.get(name, 1e-5)
+        if exact[name].abs().max() < 1e-6:  # nothing but rounding, as the gradient of the only key
+            assert found.abs().max() < 1e-5, f"{case.name}: {name}"
+        else:
+            assert_close(found, exact[name], tolerance, f"{case.name}: {name}")
+
+
 def _results(attention: Callable, case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], ...]:
     """The results of one draw of the call: of ``attention``, of the plain computation and of the float64 reference."""
     tensors, options = case.build(dtype)
@@ -186,7 +206,7 @@ def _results(attention: Callable, case: Case, dtype: torch.dtype) -> tuple[dict[
     for name, value in actual.items():
         assert value.dtype == (dtype if name == "out" else tensors[name].dtype), name
         assert value.isfinite().all(), name
-    exact = run(reference, {name: x.double() for name, x in tensors.items()}, options, grad.double())
+    exact = run(reference, doubled(tensors), options, grad.double())
     return actual, run(_in_type(dtype), tensors, options, grad), exact
 
 

@@ -211,7 +211,7 @@ def load_with_plugin(folder: str, *broken: str) -> None:
     attempt("private, no token", lambda: gpt2("someone/locked", token=False))
     attempt("tokenizer, missing repository", lambda: AutoTokenizer.from_pretrained("someone/nothing"))
     for repo_id in broken:
-        attempt(repo_id, lambda repo_id=repo_id: type(gpt2(repo_id)).__name__)
+        attempt(repo_id, lambda repo_id=repo_id: repr(gpt2(repo_id)).partition("(")[0])
 
 
 def load_with_trust(folder: str) -> None:
@@ -265,7 +265,7 @@ def _load(auto_class: str, repo_id: str, options: dict[str, Any]) -> dict[str, A
     import transformers
 
     model = getattr(transformers, auto_class).from_pretrained(repo_id, **options)
-    return {"class": type(model).__name__, "logits": _logits(model)}
+    return {"class": repr(model).partition("(")[0], "logits": _logits(model)}
 
 
 def _load_models(options: dict[str, Any]) -> None:

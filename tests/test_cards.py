@@ -450,7 +450,7 @@ def test_the_first_lines_say_what_to_install(model):
     lines = [line for line in model_card(model).text.splitlines() if line and not line.startswith("<!--")]
     assert lines[0].startswith("# ")
     assert "pip install hf-multimax" in lines[1]
-    loader = importlib.resources.files("hf_multimax").joinpath("remote.py").read_text()
+    loader = importlib.resources.files("hf_multimax").joinpath("models/loader_file.py").read_text()
     assert "pip install hf-multimax" in loader
 
 

@@ -12,105 +12,29 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_multimax.kernels import cross_entropy_chunks, cross_entropy_problem
+from hf_multimax.kernels import cross_entropy_problem
 from hf_multimax.kernels.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_rows,
     linear_cross_entropy_rows_backward,
     multimax_linear_cross_entropy,
 )
+from tests.cross_entropy_cases import (
+    DEVICE_CHECKS,
+    KERNEL_CHECKS,
+    NAMES,
+    TOKENS,
+    VOCAB,
+    check,
+    doubled,
+    fused,
+    gradients,
+    inputs,
+    kernel_on_cpu_tensors,
+    low_precision_is_no_worse_than_unfused,
+    unfused,
+)
 from tests.tolerances import RELATIVE, assert_no_worse, relative_error
-
-NAMES = ("hidden", "weight", "ranges", "ts", "bias", "scale", "shift")
-SCALARS = ("ranges", "ts", "scale", "shift")
-TOKENS, VOCAB, WIDTH = 37, 53, 16
-
-
-def inputs(dtype=torch.float32, tokens=TOKENS, vocab=VOCAB, width=WIDTH, order=2, ignored=True, seed=0):
-    """hidden, weight, labels, and the small parameters by name; every float requires a gradient."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape, factor=1.0, kind=torch.float32):
-        return (factor * torch.randn(shape, generator=g, dtype=torch.float64)).to(kind)
-
-    labels = torch.randint(0, vocab, (tokens,), generator=g)
-    if ignored:
-        labels[::5] = -100
-    found = {
-        "hidden": normal(tokens, width, kind=dtype),
-        "weight": normal(vocab, width, factor=width**-0.5, kind=dtype),
-        "bias": normal(vocab, kind=dtype),
-    }
-    small = torch.float64 if dtype == torch.float64 else torch.float32
-    found["ranges"] = normal(2 * order, kind=small)
-    found["ts"] = normal(2 * order, factor=0.4, kind=small)
-    found["scale"], found["shift"] = 1.0 + normal(factor=0.2, kind=small), normal(factor=0.2, kind=small)
-    return {name: x.requires_grad_() for name, x in found.items()}, labels
-
-
-def sigma(x: Tensor, ranges: Tensor, ts: Tensor) -> Tensor:
-    out = x
-    for n in range(1, len(ts) // 2 + 1):
-        b, d = ranges[2 * n - 2], ranges[2 * n - 1]
-        out = out + ts[2 * n - 2] * F.relu(b - x) ** n + ts[2 * n - 1] * F.relu(x - d) ** n
-    return out
-
-
-def unfused(p, labels, *, features=NAMES, softcap=None, num_items_in_batch=None, reduction="mean", **options):
-    """What the fused loss must equal, in the type of its inputs."""
-    logits = p["hidden"] @ p["weight"].T
-    if "bias" in features:
-        logits = logits + p["bias"]
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if "scale" in features:
-        logits = p["scale"] * logits + p["shift"]
-    if "ts" in features:
-        logits = sigma(logits, p["ranges"], p["ts"])
-    if num_items_in_batch is None:
-        return F.cross_entropy(logits, labels, reduction=reduction, **options)
-    losses = F.cross_entropy(logits, labels, reduction="none" if reduction == "none" else "sum", **options)
-    return losses / num_items_in_batch
-
-
-def fused(p, labels, *, features=NAMES, **options):
-    modulator = (p["ranges"], p["ts"]) if "ts" in features else (None, None)
-    bias = p["bias"] if "bias" in features else None
-    affine = (p["scale"], p["shift"]) if "scale" in features else None
-    return multimax_linear_cross_entropy(
-        p["hidden"], p["weight"], labels, *modulator, bias=bias, affine=affine, **options
-    )
-
-
-def gradients(loss: Tensor, p, names=NAMES) -> dict[str, Tensor]:
-    """Of a fixed weighting of ``loss``; a scalar loss is taken times 1.5, so that the upstream factor is seen."""
-    weights = torch.linspace(-1.0, 2.0, loss.numel(), dtype=loss.dtype) if loss.ndim else loss.new_tensor(1.5)
-    return dict(zip(names, torch.autograd.grad((loss * weights).sum(), [p[name] for name in names])))
-
-
-def doubled(p):
-    return {name: x.detach().double().requires_grad_() for name, x in p.items()}
-
-
-def check(dtype, names=NAMES, given=None, chunk_size=None, tolerance=None, **options):
-    """Value and every gradient of the fused loss against float64."""
-    p, labels = given or inputs(dtype)
-    reference_p = doubled(p)
-    loss = fused(p, labels, features=names, chunk_size=chunk_size, **options)
-    reference = unfused(reference_p, labels, features=names, **options)
-    tolerance = tolerance or RELATIVE[dtype]
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert loss.shape == reference.shape
-    assert relative_error(loss, reference) <= tolerance
-    found, expected = gradients(loss, p, names), gradients(reference, reference_p, names)
-    for name in names:
-        assert found[name].dtype == p[name].dtype, name
-        assert found[name].shape == p[name].shape, name
-        # scalars are sums over all logits, of terms that cancel
-        allowed = 10 * tolerance if name in SCALARS else tolerance
-        assert relative_error(found[name], expected[name]) <= allowed, name
 
 
 class LargestTensor(TorchDispatchMode):
@@ -170,17 +94,7 @@ def test_num_items_in_batch_divides_the_sum(reduction, num):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_low_precision_is_no_worse_than_unfused(dtype, reduction):
-    p, labels = inputs(dtype, tokens=64, vocab=301)
-    exact = doubled(p)
-    found, plain, reference = (
-        f(q, labels, reduction=reduction) for f, q in ((fused, p), (unfused, p), (unfused, exact))
-    )
-    assert found.dtype == torch.float32
-    assert_no_worse(found, plain, reference, "loss")
-    grads = [gradients(loss, q) for loss, q in ((found, p), (plain, p), (reference, exact))]
-    for name in NAMES:
-        assert grads[0][name].dtype == p[name].dtype
-        assert_no_worse(*(g[name] for g in grads), name)
+    low_precision_is_no_worse_than_unfused(dtype, reduction=reduction)
 
 
 def test_weight_gradient_is_accumulated_in_float32():
@@ -485,13 +399,6 @@ def test_one_thread():
 # -- the Triton row kernel ---------------------------------------------------------------------------------------------
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
-KERNEL_CASES = {
-    "everything": {"softcap": 2.5, "label_smoothing": 0.1, "chunk_size": 4},
-    "none": {"reduction": "none", "softcap": 20.0, "chunk_size": 6},
-    "softmax": {"names": NAMES[:2], "chunk_size": 6},
-    "bias": {"names": NAMES[:5], "label_smoothing": 0.3, "chunk_size": 6},
-}
 
 
 @pytest.mark.slow
@@ -529,60 +436,18 @@ def test_triton_kernel_compiles_for_sm90(full):
     assert compiled.asm["cubin"]
 
 
-@pytest.fixture
-def kernel(monkeypatch):
-    """The Triton kernel on CPU tensors, in blocks that do not divide the vocabulary."""
-    triton_module = pytest.importorskip("hf_multimax.kernels.triton_cross_entropy")
-    monkeypatch.setattr(triton_module, "BLOCK", 32)
-    monkeypatch.setattr(cross_entropy_chunks, "row_kernel", lambda problem: triton_module.row_losses)
-
-
-@interpreted
-@pytest.mark.parametrize("case", KERNEL_CASES)
-def test_kernel_matches_float64(kernel, case):
-    check(torch.float32, given=inputs(tokens=6), tolerance=1e-5, **KERNEL_CASES[case])
-
-
-@interpreted
-@pytest.mark.parametrize("order", [1, 3])
-def test_kernel_orders(kernel, order):
-    check(torch.float32, given=inputs(tokens=6, order=order), tolerance=1e-5, chunk_size=6)
-
-
-@interpreted
-def test_kernel_with_masked_classes_and_nan(kernel):
-    p, labels = inputs(tokens=6, ignored=False)
-    labels.copy_(torch.arange(6))
-    with torch.no_grad():
-        p["bias"][labels[4]] = float("-inf")
-        p["hidden"][3, 0] = float("nan")
-    losses = fused(p, labels, reduction="none", chunk_size=6)
-    assert losses[4] == float("inf") and losses[3].isnan()
-    assert losses[[0, 1, 2, 5]].isfinite().all()
-    (grad,) = torch.autograd.grad(losses.sum(), p["hidden"])
-    assert grad[3].isnan().any() and grad[torch.arange(6) != 3].isfinite().all()
-
-
-@interpreted
-def test_kernel_with_nothing_to_learn_from(kernel):
-    p, labels = inputs(tokens=6)
-    losses = fused(p, labels.fill_(-100), reduction="none", chunk_size=6)
-    assert (losses == 0).all()
-    assert all((g == 0).all() for g in gradients(losses, p).values())
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
+@pytest.mark.parametrize("name", KERNEL_CHECKS)
+def test_kernel(name):
+    with kernel_on_cpu_tensors():
+        KERNEL_CHECKS[name]()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_on_cuda(dtype, reduction):
-    p, labels = inputs(dtype, tokens=256, vocab=5003, width=64)
-    device, exact = {name: x.detach().cuda().requires_grad_() for name, x in p.items()}, doubled(p)
-    options = {"reduction": reduction, "label_smoothing": 0.1, "softcap": 5.0}
-    loss, reference = fused(device, labels.cuda(), **options), unfused(exact, labels, **options)
-    assert_no_worse(loss.cpu(), unfused(p, labels, **options), reference, "loss")
-    found, expected = gradients(loss.cpu(), device), gradients(reference, exact)
-    for name in NAMES:
-        assert relative_error(found[name].cpu(), expected[name]) <= 4 * RELATIVE[dtype] + 1e-5, name
+@pytest.mark.parametrize("name", DEVICE_CHECKS)
+def test_on_cuda(name):
+    with torch.device("cuda"):
+        DEVICE_CHECKS[name]()
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

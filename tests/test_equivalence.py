@@ -6,10 +6,10 @@ import pytest
 import reference
 import torch
 from models import ALL, inputs_for, make
-from tolerances import assert_none_worse, relative_error
+from tolerances import assert_draws_no_worse, relative_error, root_mean_square_error
 
 from hf_multimax import backend, multimax_parameters, patch_model
-from hf_multimax.discovery import attention_layers
+from hf_multimax.models.discovery import attention_layers
 
 
 def objective(outputs) -> torch.Tensor:
@@ -51,21 +51,30 @@ def test_a_patched_model_is_the_stock_model_bit_for_bit(name, padded):
 def test_a_patched_model_is_the_definition_in_float64(name, options):
     if options and name not in ("GPT2LMHeadModel", "ViTForImageClassification", "T5ForConditionalGeneration"):
         pytest.skip("the options do not depend on the head class")
-    stock = make(name)
-    batch = inputs_for(stock)
-    plain, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
-    model = patch_model(stock, **options)
-    with torch.no_grad():
-        for parameter in multimax_parameters(model).values():
-            parameter.copy_(0.5 * torch.randn_like(parameter))
-    for twin, dtype in ((plain, torch.float32), (exact, torch.float64)):
-        prepare_reference(twin, model, dtype)
-    with backend("eager"):
-        results = run(model, batch)
-    for found, in_float32, in_float64 in zip(results, run(plain, batch), run(exact, batch)):
-        assert_none_worse(found, in_float32, in_float64, name)
-        wrong = {key: relative_error(found[key], in_float64[key]) for key in found}
-        assert max(wrong.values()) < 1e-2, wrong
+    errors: dict[int, tuple[list[float], list[float]]] = {0: ([], []), 1: ([], [])}
+    for draw in range(4):  # one errs by luck
+        stock = make(name)
+        batch = inputs_for(stock)
+        plain, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
+        model = patch_model(stock, **options)
+        torch.manual_seed(draw)
+        with torch.no_grad():
+            for parameter in multimax_parameters(model).values():
+                parameter.copy_(0.5 * torch.randn_like(parameter))
+        for twin, dtype in ((plain, torch.float32), (exact, torch.float64)):
+            prepare_reference(twin, model, dtype)
+        with backend("eager"):
+            results = run(model, batch)
+        for part, (found, plainly, exactly) in enumerate(zip(results, run(plain, batch), run(exact, batch))):
+            for key in [key for key, value in exactly.items() if value.abs().max() < 1e-12]:
+                assert found.pop(key).abs().max() < 1e-6  # sums that cancel, as over a bias that all classes share
+                del plainly[key], exactly[key]
+            for own, tensors in zip(errors[part], (found, plainly)):
+                own.append(root_mean_square_error(tensors, exactly))
+            wrong = {key: relative_error(found[key], exactly[key]) for key in found}
+            assert max(wrong.values()) < 1e-2, wrong
+    for both in errors.values():
+        assert_draws_no_worse(*both, name)
 
 
 def prepare_reference(twin, model, dtype):

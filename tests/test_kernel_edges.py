@@ -15,7 +15,7 @@ from hf_multimax import (
     multimax_parameters,
     patch_model,
 )
-from hf_multimax.kernels import native, native_build, tiled
+from hf_multimax.kernels import native, tiled
 from tests.tolerances import relative_error
 
 BACKENDS = ["eager", "tiled", "native"]
@@ -169,17 +169,6 @@ def test_a_hidden_entry_of_the_mask_that_is_no_number_stays_hidden(chosen):
     mask[30, 20] = float("nan")
     out = multimax_attention(*tensors, attn_mask=mask, is_causal=True)
     assert out[:, :, 30].isnan().all() and out.isnan().any(-1).sum() == 2  # one row of each of two heads
-
-
-def test_without_a_home_folder_a_temporary_one_is_taken(monkeypatch, tmp_path):
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    for name in ("HF_MULTIMAX_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(native_build.Path, "home", homeless)
-    monkeypatch.setattr(native_build.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
-    assert native_build._cache_directory() == tmp_path
 
 
 def test_the_fused_loss_ignores_the_label_that_it_is_told_to():

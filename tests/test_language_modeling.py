@@ -322,7 +322,7 @@ def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, capsys):
         (["--normalizer", "entmax15", "--output", "true"], "entmax15"),
         (["--normalizer", "topk_softmax"], "k"),
         (["--include", "nothing_is_called_so"], "nothing_is_called_so"),
-        (["--model_config", '{"model_type": "bloom"}'], "bloom"),
+        (["--model_config", '{"model_type": "mamba"}'], "mamba"),
         (["--model", str(checkpoint), "--tokenizer", str(tmp_path / "tokenizer")], "300 tokens and the model only 200"),
         (["--model", str(tmp_path / "nowhere"), "--tokenizer", str(tmp_path / "tokenizer")], "nowhere"),
         (["--multimax_clip", "scale"], "multimax_clip_keys"),

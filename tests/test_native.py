@@ -1,19 +1,15 @@
 """The compiled CPU backend: accuracy of every feature, odd inputs, threads, building, operator registration."""
 
 import ctypes
-import os
 import platform
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hf_multimax.kernels import native, native_build, native_call
+from hf_multimax.kernels import native, native_build, native_call, native_library
 from tests.attention_cases import CASES, Case, check, reference, run
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native backend here: {native.reason()}")
@@ -51,7 +47,7 @@ def test_results_do_not_change_from_run_to_run():
 
 
 def test_python_and_cpp_agree_on_the_arguments():
-    library, _ = native_build.load()
+    library, _ = native_library.load()
     library.multimax_arguments_size.restype = library.multimax_max_order.restype = ctypes.c_int64
     assert library.multimax_arguments_size() == native_call.PACKED.size
     assert library.multimax_max_order() == native.MAX_ORDER
@@ -191,53 +187,16 @@ def test_threads_of_the_caller_do_not_disturb_each_other():
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
 
 
-SCRIPT = """
-import torch
-from hf_multimax.kernels import native
-q = torch.ones(1, 1, 4, 8)
-print(native.available(), native.reason(), native.attention(q, q, q, torch.zeros(4), torch.zeros(4)).sum().item())
-"""
-
-
-def _process(cache: Path, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
-        env={**os.environ, "HF_MULTIMAX_CACHE": str(cache), **environment},
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.mark.slow
-def test_two_processes_may_compile_at_once(tmp_path):
-    processes = [_process(tmp_path) for _ in range(2)]
-    for process in processes:
-        out, errors = process.communicate(timeout=300)
-        assert out.split() == ["True", "32.0"], errors
-    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
-    library = next(tmp_path.iterdir())
-    library.write_bytes(b"damaged")
-    out, errors = _process(tmp_path).communicate(timeout=300)
-    assert out.split() == ["True", "32.0"], errors
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for an x86-64 processor without AVX")
 def test_narrow_vectors_compute_the_same(tmp_path, monkeypatch):
-    library = tmp_path / "narrow.so"
-    flags = (*native_build.COMPILE_FLAGS, "-march=x86-64")
-    native_build._compile(native_build._compiler(), flags, native_build._openmp_runtime(), library)
-    monkeypatch.setattr(native_call, "load", lambda: (native_build._open(library), ""))
+    path, flags = tmp_path / "narrow.so", (*native_build.COMPILE_FLAGS, "-march=x86-64")
+    compiler = native_build.compilers()[0]
+    path.write_bytes(native_build.compile_library(compiler, native_build.openmp_runtime(), flags))
+    library = native_library.open_library(path)
+    monkeypatch.setattr(native_call, "load", lambda: (library, ""))
     for case in CASES:
         check(native.attention, case)
-
-
-def test_without_a_compiler_one_line_says_so(tmp_path):
-    out, errors = _process(tmp_path, PATH=str(tmp_path), CXX="").communicate(timeout=300)
-    assert out == "" and errors.count("native CPU attention is not available, slower kernels are used") == 1
-    assert "no C++ compiler was found" in errors and "RuntimeError" in errors
 
 
 def test_operators_are_dispatched_only_where_something_watches():

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -433,6 +434,18 @@ def test_mistakes_of_type():
         build_normalizer(MultiMaxConfig(normalizer_kwargs={"order": 2}), None)
     with pytest.raises(ValueError, match="no output loss"):
         patch_model(make("GPT2LMHeadModel"), normalizer="sparsemax", output=True)
+
+
+@every_case
+def test_without_the_entmax_package_a_normalizer_works_or_says_what_to_install(name, options, monkeypatch):
+    x = torch.randn(3, 5)
+    expected = normalize(name, x, **options)
+    monkeypatch.setitem(sys.modules, "entmax", None)
+    if name in ("sparsemax", "entmax15", "fusedmax", "oscarmax"):
+        with pytest.raises(ImportError, match=f"normalizer '{name}' needs the entmax package: pip install entmax"):
+            normalize(name, x, **options)
+    else:
+        assert torch.equal(normalize(name, x, **options), expected)
 
 
 # -- in models ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 
 import hf_multimax
 from hf_multimax import MultiMaxConfig, freeze_base, is_patched, multimax_parameters, patch_model, unpatch_model
-from hf_multimax.discovery import attention_layers
+from hf_multimax.models.discovery import attention_layers
 
 
 def randomised(model):
@@ -37,7 +37,7 @@ def test_it_is_in_place_and_names_its_parameters():
         f"transformer.h.{layer}.attn.multimax.{name}" for layer in (0, 1) for name in ("ranges", "ts")
     ]
     assert sum(p.numel() for p in multimax_parameters(model).values()) == 8 * 2
-    assert type(model).__name__ == "MultiMaxGPT2LMHeadModel"
+    assert type(model) is not GPT2LMHeadModel and type(model).__name__ == "GPT2LMHeadModel"
     assert isinstance(model, GPT2LMHeadModel)
     assert model.config.model_type == "gpt2"
     assert model.config.multimax == MultiMaxConfig().to_dict()
@@ -207,7 +207,7 @@ def test_wrong_options_leave_the_model_alone():
 def test_attention_outside_the_interface_is_named():
     config = transformers.BloomConfig(vocab_size=31, hidden_size=16, n_layer=1, n_head=2)
     with pytest.raises(ValueError, match=r"BloomForCausalLM.*'bloom'.*self_attention"):
-        patch_model(transformers.BloomForCausalLM(config))
+        patch_model(transformers.BloomForCausalLM(config), outside="refuse")
 
 
 def test_partly_outside_the_interface_needs_a_word():
@@ -215,9 +215,10 @@ def test_partly_outside_the_interface_needs_a_word():
     config = transformers.SiglipVisionConfig(**vision, intermediate_size=16)
     model = transformers.SiglipVisionModel(config)
     with pytest.raises(ValueError, match=r"head\.attention.*exclude"):
-        patch_model(model)
-    patch_model(model, exclude=r"head\.attention")
+        patch_model(model, outside="refuse")
+    patch_model(model, exclude=r"head\.attention", outside="refuse")
     assert len(multimax_parameters(model)) == 2
+    assert len(multimax_parameters(patch_model(unpatch_model(model)))) == 4
 
 
 def test_an_attention_keyword_that_is_not_supported_is_named():
@@ -226,11 +227,11 @@ def test_an_attention_keyword_that_is_not_supported_is_named():
             from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
             interface = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
-            return interface(self, q, k, v, mask, scaling=1.0, block_indices=None)
+            return interface(self, q, k, v, mask, scaling=1.0, sparse_plan=None)
 
     model = make("GPT2LMHeadModel")
     model.transformer.h[1].attn = Attention()
-    with pytest.raises(ValueError, match=r"h\.1\.attn.*block_indices"):
+    with pytest.raises(ValueError, match=r"h\.1\.attn.*sparse_plan"):
         patch_model(model)
     assert_untouched(model)
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import hf_multimax.modeling
-from hf_multimax import MultiMaxConfig, multimax_parameters, patch_model
+from hf_multimax import MultiMaxConfig, is_patched, multimax_parameters, patch_model
 
 LOADERS = {
     "GPT2Model": AutoModel,
@@ -163,7 +163,7 @@ def test_from_config_makes_a_new_model_by_the_papers_initialisation():
     config = patched(init="paper").config
     model = AutoModelForCausalLM.from_config(config)
     values = torch.cat([p.flatten() for p in multimax_parameters(model).values()])
-    assert type(model).__name__ == "MultiMaxGPT2LMHeadModel"
+    assert is_patched(model) and isinstance(model, transformers.GPT2LMHeadModel)
     assert 0 < values.abs().max() < 0.2
 
 
@@ -208,7 +208,7 @@ def test_the_encoder_of_an_encoder_decoder(tmp_path):
     model = patched("T5ForConditionalGeneration", include=["encoder", "decoder"])
     model.save_pretrained(tmp_path)
     encoder = transformers.AutoModelForTextEncoding.from_pretrained(tmp_path)
-    assert type(encoder).__name__ == "MultiMaxT5EncoderModel"
+    assert is_patched(encoder) and isinstance(encoder, transformers.T5EncoderModel)
     ids = torch.tensor([[3, 4, 5]])
     assert torch.equal(encoder(ids)[0], model.encoder(ids)[0])
 
@@ -310,7 +310,7 @@ def test_trust_remote_code_loads_without_importing_the_plugin(tmp_path):
         import sys, torch
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-        print(type(model).__name__, model(torch.tensor([[3, 4, 5]])).logits.sum().item())
+        print(repr(model).partition("(")[0], model(torch.tensor([[3, 4, 5]])).logits.sum().item())
         """,
         tmp_path / "model",
     )
@@ -415,15 +415,27 @@ def test_another_attention_implementation_at_load_is_refused(tmp_path, loader):
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), attn_implementation="sdpa")
 
 
-@pytest.mark.parametrize("config", [True, False])
-def test_a_stock_class_runs_no_multimax_checkpoint(tmp_path, config):
-    patched().save_pretrained(tmp_path)
-    given = {"config": AutoConfig.from_pretrained(tmp_path)} if config else {}
-    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, **given)
+@pytest.mark.parametrize("config", [None, AutoConfig, transformers.GPT2Config])
+def test_a_stock_class_loads_what_the_checkpoint_is(tmp_path, config):
+    model = patched(output=True)
+    model.save_pretrained(tmp_path)
+    given = {} if config is None else {"config": config.from_pretrained(tmp_path)}
+    other, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True, **given)
+    assert type(other) is type(model) and same(model, other)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with pytest.raises(ValueError, match="unpatch_model"):
+        transformers.GPT2LMHeadModel.from_pretrained(tmp_path, attn_implementation="sdpa", **given)
+
+
+def test_a_stock_model_built_from_a_multimax_config_does_nothing_in_silence(tmp_path):
+    model = transformers.GPT2LMHeadModel(patched().config)
     with pytest.raises(ValueError, match="Auto class"):
         model(torch.tensor([[3, 4]]))
-    with pytest.raises(ValueError, match="Auto class"):
+    with pytest.raises(ValueError, match="from_pretrained"):
         patch_model(model)
+    with pytest.raises(ValueError, match="does not have"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_whose_config_was_replaced_is_not_saved(tmp_path):

@@ -21,6 +21,12 @@ def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
     return float("inf") if error.isnan() else error.item()
 
 
+def assert_close(actual: torch.Tensor, reference: torch.Tensor, tolerance: float, what: str = "") -> None:
+    """The relative error is below ``tolerance``."""
+    error = relative_error(actual, reference)
+    assert error < tolerance, f"{what}: relative error {error:.3g} >= {tolerance:.3g}"
+
+
 def assert_no_worse(actual: torch.Tensor, plain: torch.Tensor, reference: torch.Tensor, what: str = "") -> None:
     """``actual`` errs at most twice as much as the ``plain`` computation of the same type, plus 1e-6."""
     error, allowed = relative_error(actual, reference), 2 * relative_error(plain, reference) + 1e-6
@@ -37,14 +43,16 @@ def assert_draws_no_worse(actual: list[float], plain: list[float], what: str = "
     assert error <= 2 * allowed, f"{what}: mean relative error {error:.3g} > {2 * allowed:.3g}"
 
 
+def root_mean_square_error(actual: dict, reference: dict) -> float:
+    """Of the relative errors of many tensors together."""
+    assert actual.keys() == reference.keys()
+    return (sum(relative_error(actual[key], reference[key]) ** 2 for key in reference) / max(len(reference), 1)) ** 0.5
+
+
 def assert_none_worse(actual: dict, plain: dict, reference: dict, what: str = "") -> None:
     """The same of many tensors together, by the root mean square of their errors: one alone errs by luck."""
-    assert actual.keys() == plain.keys() == reference.keys()
-    errors = [
-        sum(relative_error(tensors[key], reference[key]) ** 2 for key in reference) / max(len(reference), 1)
-        for tensors in (actual, plain)
-    ]
-    error, allowed = errors[0] ** 0.5, 2 * errors[1] ** 0.5 + 1e-6
+    error, allowed = (root_mean_square_error(tensors, reference) for tensors in (actual, plain))
+    allowed = 2 * allowed + 1e-6
     assert error <= allowed, f"{what}: root mean square relative error {error:.3g} > {allowed:.3g}"
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from hf_multimax.discovery import attention_layers
-from hf_multimax.patching import patch_model
+from hf_multimax.models.discovery import attention_layers
+from hf_multimax.models.patching import patch_model
 
 Weights = dict[str, Tensor]
 

@@ -4,7 +4,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_multimax.convert.layouts import OUTPUT, Weights, build, join, patch, take_modulators
-from hf_multimax.discovery import attention_layers
+from hf_multimax.models.discovery import attention_layers
 
 _SCALARS = ("multimax_ranges", "multimax_ts")
 

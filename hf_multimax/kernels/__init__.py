@@ -1,4 +1,4 @@
-"""Fused backends of MultiMax attention and of the output loss; they import nothing else of this package.
+"""Fused backends of MultiMax attention and of the output loss; they import nothing else of this package but its cache.
 
 Every attention backend is one function with the arguments of ``tiled.attention``.
 """

@@ -102,7 +102,7 @@ class Gradients:
         """Take ``grad``, that of a chunk's products hidden @ weight.T [rows, vocab], to hidden, weight and bias."""
         factor = grad.to(hidden.dtype)
         if self.wanted["hidden"]:
-            self._sums["hidden"][rows] = torch.mm(factor, weight).to(self._sums["hidden"].dtype)
+            self._sums["hidden"][rows] = _product(factor, weight, self._sums["hidden"].dtype)
         if self.wanted["weight"]:
             _add_product(self._sums["weight"], factor.t(), hidden)
         if self.wanted["bias"]:
@@ -114,9 +114,12 @@ class Gradients:
 
 
 def kept_dtype(problem: Problem, name: str) -> torch.dtype:
-    """The type that a gradient is summed in: every token has its own row of hidden's, all others are long sums."""
+    """The type that a gradient is summed in: every token has its own row of hidden's, all others are long sums.
+
+    Not in float16, which the gradient of a sum overflows where that of the mean does not.
+    """
     if name == "hidden":
-        return problem.hidden.dtype
+        return torch.float32 if problem.hidden.dtype == torch.float16 else problem.hidden.dtype
     return problem.compute_dtype if name in ("weight", "bias") else torch.float64
 
 
@@ -125,7 +128,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+        total.add_(_product(a, b, total.dtype))
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in ``dtype``, rounded once where that is wider than the factors."""
+    wider = a.dtype != dtype and dtype == torch.float32
+    return torch.mm(a, b, out_dtype=dtype) if wider else torch.mm(a, b).to(dtype)
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -36,6 +36,7 @@ typedef uint32_t vu __attribute__((vector_size(4 * W)));
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kMasked = -0x1.fffffep126f;  // half of the lowest float: scores at or below it are masked entries
 constexpr int kMaxOrder = 16;
+constexpr float kLargestPower = 0x1p120f;  // scores of larger powers are left out of the slopes' gradients
 
 // Matrix products read their right factor from panels of kPanel columns, k rows each, zero-padded, so that a panel is
 // contiguous in the first cache whatever the layout of the tensor it came from.
@@ -468,7 +469,7 @@ void add_rows(const float* p, Matrix v, int64_t n, int64_t dim, float* out) {
 // One head's parameters; slot n - 1 belongs to order n.
 struct Modulator {
   int order;
-  float b[kMaxOrder], d[kMaxOrder], tb[kMaxOrder], td[kMaxOrder];
+  float b[kMaxOrder], d[kMaxOrder], tb[kMaxOrder], td[kMaxOrder], most[kMaxOrder];
   bool affine;
   float scale, shift;
 
@@ -476,6 +477,7 @@ struct Modulator {
     const float* r = g.ranges + head * g.parameter_stride;
     const float* t = g.ts + head * g.parameter_stride;
     for (int n = 0; n < order; ++n) b[n] = r[2 * n], d[n] = r[2 * n + 1], tb[n] = t[2 * n], td[n] = t[2 * n + 1];
+    for (int n = 0; n < order; ++n) most[n] = std::pow(kLargestPower, 1.0f / (n + 1.0f));
     for (int n = 0; n < order; ++n) {
       if (b[n] != b[n] || d[n] != d[n]) tb[n] = std::numeric_limits<float>::quiet_NaN();  // which relu would swallow
     }
@@ -484,10 +486,10 @@ struct Modulator {
   }
 };
 
-inline vf power(vf x, int n) {
-  vf y = x;
-  for (int i = 1; i < n; ++i) y *= x;
-  return y;
+// t x^n, multiplied from t on: where t is 0 it stays 0, however large the power
+inline vf times_power(vf t, vf x, int n) {
+  for (int i = 0; i < n; ++i) t *= x;
+  return t;
 }
 
 // sigma(x), the same bits in the forward and in the backward: scores may be so large that one unit in the last place
@@ -497,13 +499,15 @@ inline vf modulated(const Modulator& m, vf x) {
   vf out = x;
   const int order = ORDER ? ORDER : m.order;
   for (int n = 0; n < order; ++n) {
-    const vf low = m.tb[n] * power(relu(m.b[n] - x), n + 1);
-    out += fused(splat(m.td[n]), power(relu(x - m.d[n]), n + 1), low);
+    const vf up = relu(m.b[n] - x), wp = relu(x - m.d[n]);
+    const vf low = times_power(splat(m.tb[n]), up, n + 1);
+    out += fused(times_power(splat(m.td[n]), wp, n), wp, low);
   }
   return out;
 }
 
-// Sums over scores s of g(s) times: relu(b - s)^n, relu(s - d)^n and the derivatives of those with respect to b and -d.
+// Sums over scores s of g(s) times: relu(b - s)^n, relu(s - d)^n, and n-th parts of the derivatives of those with respect
+// to b and -d.
 template <int ORDER>
 struct ScalarSums {
   vf tb[ORDER ? ORDER : kMaxOrder], td[ORDER ? ORDER : kMaxOrder], b[ORDER ? ORDER : kMaxOrder],
@@ -517,20 +521,21 @@ inline vf slope(const Modulator& m, vf x, vf g, ScalarSums<ORDER>& sums) {
   const int order = ORDER ? ORDER : m.order;
   for (int n = 0; n < order; ++n) {
     const vf u = m.b[n] - x, w = x - m.d[n], up = relu(u), wp = relu(w);
-    vf du, dw;  // derivatives of relu(u)^(n+1) and relu(w)^(n+1)
     if (n == 0) {
-      du = u > 0.0f ? splat(1.0f) : vf{};
-      dw = w > 0.0f ? splat(1.0f) : vf{};
-    } else {
-      du = (n + 1.0f) * power(up, n);
-      dw = (n + 1.0f) * power(wp, n);
+      const vf du = u > 0.0f ? splat(1.0f) : vf{}, dw = w > 0.0f ? splat(1.0f) : vf{};
+      out += m.td[n] * dw - m.tb[n] * du;
+      if (SCALARS) sums.b[n] += g * du, sums.d[n] += g * dw, sums.tb[n] += g * up, sums.td[n] += g * wp;
+      continue;
     }
-    out += m.td[n] * dw - m.tb[n] * du;
+    out += (n + 1.0f) * (times_power(splat(m.td[n]), wp, n) - times_power(splat(m.tb[n]), up, n));
     if (SCALARS) {
-      sums.tb[n] += g * power(up, n + 1);
-      sums.td[n] += g * power(wp, n + 1);
-      sums.b[n] += g * du;
-      sums.d[n] += g * dw;
+      vf near_u = up, near_w = wp;
+      if (ORDER == 0) near_u = up < m.most[n] ? up : vf{}, near_w = wp < m.most[n] ? wp : vf{};
+      const vf gu = times_power(g, near_u, n), gw = times_power(g, near_w, n);
+      sums.b[n] += gu;
+      sums.d[n] += gw;
+      sums.tb[n] += gu * near_u;
+      sums.td[n] += gw * near_w;
     }
   }
   return out;
@@ -832,10 +837,10 @@ struct BackwardBuffers {
 // of a sink being part of the sum.
 template <int ORDER>
 void centre(const Modulator& m, vf rest, float peak, ScalarSums<ORDER>& sums, vf* affine_sums) {
-  const vf slope_there = slope<ORDER, true>(m, splat(peak), -rest, sums);
+  const vf there = rest * slope<ORDER, true>(m, splat(peak), -rest, sums);
   if (m.affine && m.scale != 0.0f) {
-    affine_sums[0] -= rest * slope_there * ((peak - m.shift) / m.scale);
-    affine_sums[1] -= rest * slope_there;
+    affine_sums[0] -= there * ((peak - m.shift) / m.scale);
+    affine_sums[1] -= there;
   }
 }
 
@@ -859,8 +864,9 @@ vf backward_row(const Modulator& m, const float* mask, const float* dropout, flo
     }
     vf p = masked ? vf{} : exp_(y - top) * inverse;
     vf drop = dropout ? load(dropout + j) : splat(1.0f);
-    vf g = masked ? vf{} : p * (load(dp + j) * drop - delta);
-    vf safe = masked ? vf{} : x;  // 0 times infinity is NaN
+    const vi nothing = p == 0.0f;  // times infinity would be NaN
+    vf g = nothing ? vf{} : p * (load(dp + j) * drop - delta);
+    vf safe = nothing ? vf{} : x;
     store(s + j, p * drop);
     store(dp + j, g * slope<ORDER, SCALARS>(local, safe, g, sums));
     rest += g;
@@ -897,8 +903,8 @@ template <int ORDER>
 void add_scalars(const Modulator& m, const ScalarSums<ORDER>& sums, const vf* affine_sums, double* to) {
   const int order = m.order;
   for (int n = 0; n < order; ++n) {
-    to[2 * n] += double(m.tb[n]) * sum(sums.b[n]);
-    to[2 * n + 1] -= double(m.td[n]) * sum(sums.d[n]);
+    to[2 * n] += (n + 1) * double(m.tb[n]) * sum(sums.b[n]);
+    to[2 * n + 1] -= (n + 1) * double(m.td[n]) * sum(sums.d[n]);
     to[2 * order + 2 * n] += sum(sums.tb[n]);
     to[2 * order + 2 * n + 1] += sum(sums.td[n]);
   }
@@ -906,10 +912,19 @@ void add_scalars(const Modulator& m, const ScalarSums<ORDER>& sums, const vf* af
   to[4 * order + 1] += sum(affine_sums[1]);
 }
 
-// One block of keys against one block of rows of one head
+// Rows by the size of the scores that they attend to. Where squares of those might overflow only equal scores compete,
+// and of the slopes' gradients nothing remains. (Higher powers are left out one by one.)
+enum Rows { kAll, kNear, kFar };
+
+template <int ORDER>
+inline bool is_far(const Arguments& g, const Modulator& m, int64_t line) {
+  return ORDER == 2 && std::abs(g.peak[line]) >= m.most[1] && g.total[line] > 0.0f;
+}
+
+// One block of keys against some rows of one block of one head
 template <int ORDER, bool SCALARS>
 void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffers& t, int64_t b, int64_t h, int64_t row,
-                    int64_t key, int64_t block_keys, int64_t split) {
+                    int64_t key, int64_t block_keys, int64_t split, Rows which) {
   const int64_t rows = std::min(kRowsBackward, g.rows - row), width = kKeysBackward + kPanel;
   const Range all = clip(visible(g, row, rows), key, key + block_keys);
   // whole rows of the block are computed from its first key on, so that k, v and their gradients share an origin
@@ -928,6 +943,7 @@ void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffer
   for (int64_t i = 0; i < rows; ++i) {
     Range in = clip(visible(g, row + i, 1), key, key + keys);
     if (g.total[line + i] == 0.0f) in = {0, 0};
+    if (which != kAll && is_far<ORDER>(g, m, line + i) != (which == kFar)) in = {0, 0};
     float *s = t.p + i * width + in.low, *ds = t.dp + i * width + in.low;
     const int64_t n = in.high - in.low, first = key + in.low;
     if (n > 0) {
@@ -989,11 +1005,16 @@ void backward_keys(const Arguments& g, int64_t b, int64_t kv, int64_t split) {
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
       const Modulator m(g, h);
       for (int64_t row = 0; row < g.rows; row += kRowsBackward) {
-        if (g.sums) {
-          backward_block<ORDER, true>(g, m, t, b, h, row, key, keys, split);
-        } else {
-          backward_block<ORDER, false>(g, m, t, b, h, row, key, keys, split);
+        if (!g.sums) {
+          backward_block<ORDER, false>(g, m, t, b, h, row, key, keys, split, kAll);
+          continue;
         }
+        backward_block<ORDER, true>(g, m, t, b, h, row, key, keys, split, kNear);
+        bool far = false;
+        for (int64_t i = row; i < std::min(row + kRowsBackward, g.rows); ++i) {
+          far |= is_far<ORDER>(g, m, (b * g.heads + h) * g.rows + i);
+        }
+        if (far) backward_block<ORDER, false>(g, m, t, b, h, row, key, keys, split, kFar);
       }
     }
     for (int64_t j = 0; j < keys; ++j) {

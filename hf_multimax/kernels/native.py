@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import refuse_second_derivative
 from .arguments import LARGEST_WINDOW, Affine, check_arguments, dropout_seed
-from .native_build import load
 from .native_call import TYPES, Call, dense_rows
+from .native_library import load
 from .operators import DIFFERENTIABLE, LIBRARY, define_operator, fake_gradients, fitted
 
 __all__ = ["attention", "available", "reason", "unsupported"]

@@ -5,7 +5,7 @@ import struct
 import torch
 from torch import Tensor
 
-from .native_build import load
+from .native_library import load
 
 __all__ = ["Call"]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .modulation import finite_up_to, largest_base
 from .tiles import MINUS_INFINITY, Problem, Scores, Tile
 
 __all__ = ["AutogradRows", "MultiMaxRows", "RowFunction"]
@@ -21,6 +22,7 @@ class MultiMaxRows:
         heads: int, dtype: torch.dtype, want_scalars: bool = False,
     ) -> None:  # fmt: skip
         self._terms = _terms(ranges.to(dtype), ts.to(dtype))
+        self.regular = finite_up_to(ranges.to(dtype), ts.to(dtype), scale, shift)
         self.scale, self.shift, self.sinks = (
             None if x is None else x.to(dtype).reshape(-1, 1, 1) for x in (scale, shift, sinks)
         )
@@ -73,6 +75,8 @@ class MultiMaxRows:
                 torch.add(source, term.clamped(x, u), alpha=-term.t if term.below else term.t, out=out)
             else:
                 term.excess(x, u, tile).relu_()
+                if self._dead is not None:
+                    u.clamp_(max=torch.finfo(u.dtype).max)  # finite, so that t = 0 leaves 0
                 _add_power(source, u, _of(term.t, tile), term.n, out)
             source = out
         if source is x:
@@ -101,8 +105,10 @@ class MultiMaxRows:
             delta = torch.mul(p, grad, out=g).sum(-1, keepdim=True)
             self._add(self.grad_sinks, tile, -(self._sink_share * delta))
         torch.ops.aten._softmax_backward_data.out(grad, p, -1, p.dtype, grad_input=g)
-        if self._dead is not None:
-            g.masked_fill_(self._dead, 0.0)
+        if self._dead is not None:  # 0 times infinity is NaN
+            nothing = p == 0.0
+            g.masked_fill_(nothing, 0.0)
+            scores.values.masked_fill_(nothing, 0.0)
         grad_x = self._through_sigma(scores.values, g, problem.buffer("grad_x", tile), grad, p, tile)
         if self.scale is not None:
             if self._plain is not None:
@@ -125,7 +131,11 @@ class MultiMaxRows:
                 torch.ops.aten.threshold_backward.grad_input(g, u, 0.0, grad_input=w)
             else:
                 u.relu_()
-                torch.mul(g, u if term.n == 2 else u ** (term.n - 1), out=w)
+                if self._dead is not None:
+                    u.masked_fill_(u >= largest_base(term.n, u.dtype), 0.0)  # powers that overflow are left out
+                torch.mul(g, u, out=w)
+                for _ in range(term.n - 2):
+                    w.mul_(u)
             if not term.vanishes:
                 _add_power(source, w, _of(term.slope, tile), 1, out)
                 source = out
@@ -201,10 +211,13 @@ def _add_power(x: Tensor, u: Tensor, t: Tensor | float, n: int, out: Tensor) -> 
         torch.add(x, u, alpha=t, out=out)
     elif isinstance(t, float) and n == 2:
         torch.addcmul(x, u, u, value=t, out=out)
-    elif isinstance(t, float):
-        torch.add(x, u**n, alpha=t, out=out)
-    else:
-        torch.addcmul(x, u if n == 1 else u.square() if n == 2 else u**n, t, out=out)
+    elif n == 1:
+        torch.addcmul(x, u, t, out=out)
+    else:  # multiplied from t on: where t is 0 it stays 0, however large the power
+        factor = u * t
+        for _ in range(n - 2):
+            factor.mul_(u)
+        torch.addcmul(x, factor, u, out=out)
 
 
 class AutogradRows:

@@ -14,7 +14,7 @@ from .arguments import LARGEST_WINDOW, Affine, check_arguments, dropout_seed
 from .operators import DIFFERENTIABLE, LIBRARY, define_operator, fake_gradients, fitted
 from .tile_passes import run_backward, run_forward
 from .tile_rows import AutogradRows, MultiMaxRows, RowFunction
-from .tiles import Options, Problem
+from .tiles import Options, Problem, computed_in
 
 __all__ = ["attention", "check_arguments", "rowwise_attention", "unsupported"]
 
@@ -142,8 +142,8 @@ def _attention_forward(
     softcap: float,
 ) -> Tensor:
     options = Options(dropout_p, causal, window, scale, softcap)
-    problem = Problem(q, k, v, mask, bias, seed, options, whole_heads=False)
-    rows = MultiMaxRows(ranges, ts, affine_scale, affine_shift, sinks, q.shape[1], problem.dtype)
+    rows = MultiMaxRows(ranges, ts, affine_scale, affine_shift, sinks, q.shape[1], computed_in(q.dtype))
+    problem = Problem(q, k, v, mask, bias, seed, options, whole_heads=False, regular=rows.regular)
     return run_forward(problem, rows, _empty_output(q, v))
 
 
@@ -182,9 +182,9 @@ def _attention_backward(
             x.new_zeros(x.shape) if wanted and x is not None else q.new_empty(0) for x, wanted in zip(inputs, needed)
         ]
     options = Options(dropout_p, causal, window, scale, softcap)
-    problem = Problem(q, k, v, mask, bias, seed, options, whole_heads=False)
-    scalars = needed[3] or needed[4]
-    rows = MultiMaxRows(ranges, ts, affine_scale, affine_shift, sinks, q.shape[1], problem.dtype, scalars)
+    scalars, dtype = needed[3] or needed[4], computed_in(q.dtype)
+    rows = MultiMaxRows(ranges, ts, affine_scale, affine_shift, sinks, q.shape[1], dtype, scalars)
+    problem = Problem(q, k, v, mask, bias, seed, options, whole_heads=False, regular=rows.regular)
     grads = run_backward(problem, rows, grad_out, bias if needed[6] else None, mask if needed[5] else None)
     found = (
         grads.q, grads.k, grads.v, rows.grad_ranges, rows.grad_ts, grads.mask, grads.bias,

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Options", "Problem", "Scores", "Tile", "length", "plan_tiles"]
+__all__ = ["Options", "Problem", "Scores", "Tile", "computed_in", "length", "plan_tiles"]
 
 #: scores in a tile: three such buffers of float32 (five in the backward pass) stay in a processor's outer cache
 TILE_ELEMENTS = 1 << 19
@@ -19,7 +19,7 @@ TILE_ELEMENTS = 1 << 19
 SMALLEST_HEIGHT = 32
 #: rows of a tile under a causal mask or a window, where the scores that a tile computes in vain grow with its height
 CAUSAL_ROWS = 128
-#: scores below this stay finite under any modulator in use
+#: scores below this are no masked entries
 REGULAR = 1e6
 MINUS_INFINITY = float("-inf")
 
@@ -102,7 +102,7 @@ class Scores:
     keep: Tensor | None  # the mask: boolean, broadcastable to values
     band: tuple[slice, Tensor] | None  # some columns, and which of them causality and the window leave to each row
     added: Tensor | None  # an additive mask's values, 0 where it masks
-    irregular: bool  # whether values may be infinite, NaN, or so large that the modulation overflows, or added NaN
+    irregular: bool  # whether values may be masked, infinite, NaN, or overflow by the modulation, or added be NaN
 
     @property
     def all_kept(self) -> Tensor | None:
@@ -138,9 +138,9 @@ class Problem:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-        options: Options, whole_heads: bool,
+        options: Options, whole_heads: bool, regular: float = REGULAR,
     ) -> None:  # fmt: skip
-        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.dtype = computed_in(q.dtype)
         self.q, self.k, self.v = q, _contiguous(k, self.dtype), _contiguous(v, self.dtype)
         self.shape = (*q.shape[:3], k.shape[2])
         self.mask, self.bias = _four_dimensional(mask), _four_dimensional(bias)
@@ -152,7 +152,8 @@ class Problem:
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         # where the inputs alone bound the scores, no tile need be asked
         bound = _magnitude(q) * _magnitude(self.k) * q.shape[3] * abs(options.scale)
-        self._regular = bound + (0.0 if bias is None else _magnitude(bias)) < REGULAR
+        self._limit = min(regular, REGULAR)
+        self._regular = bound + (0.0 if bias is None else _magnitude(bias)) < self._limit
         self._nan_mask = mask is not None and mask.is_floating_point() and math.isnan(_magnitude(mask))
 
     def buffer(self, name: str, tile: Tile) -> Tensor:
@@ -193,7 +194,7 @@ class Problem:
         if self.bias is not None:
             values.add_(_part(self.bias, tile))
         keep, added = self._mask(tile)
-        irregular = self._nan_mask or (not self._regular and _is_irregular(values))
+        irregular = self._nan_mask or (not self._regular and not _magnitude(values) < self._limit)
         return Scores(values, capped, keep, self._band(tile), added, irregular)
 
     def _mask(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
@@ -227,6 +228,11 @@ class Problem:
         return self.buffer("dropout", tile).bernoulli_(kept, generator=generator).div_(kept)
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The type that a call of this type is computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def length(part: slice) -> int:
     return part.stop - part.start
 
@@ -242,11 +248,6 @@ def _four_dimensional(x: Tensor | None) -> Tensor | None:
 def _part(x: Tensor, tile: Tile) -> Tensor:
     """What a tensor that broadcasts to ``[B, H, Nq, Nk]`` holds for the tile, broadcastable to the tile."""
     return x[tuple(slice(None) if size == 1 else part for size, part in zip(x.shape, tile.scores))]
-
-
-def _is_irregular(x: Tensor) -> bool:
-    """Whether scores are infinite, NaN or could become so; always yes where asking would wait for the device."""
-    return not _magnitude(x) < REGULAR
 
 
 def _magnitude(x: Tensor) -> float:

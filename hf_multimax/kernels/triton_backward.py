@@ -291,6 +291,7 @@ def dkdv_kernel(
     """
     SUM: tl.constexpr = tl.float32 if peaks is None else tl.float64
     AFFINE: tl.constexpr = affine_scale is not None
+    CHECK: tl.constexpr = peaks is not None or bias is not None
     COUNT: tl.constexpr = 4 * ORDER + 2 * (affine_scale is not None)
     pid = tl.program_id(0)
     pair = pid // blocks
@@ -358,7 +359,7 @@ def dkdv_kernel(
                         MASK_BY_ROW,
                         BIAS_BY_ROW,
                         CAUSAL,
-                        peaks is not None or bias is not None,
+                        CHECK,
                         phase != 1,
                         False,
                     )
@@ -372,7 +373,8 @@ def dkdv_kernel(
                     ds = g * slope * chain[1]
                     acc_k += dot(ds.to(q_tile.dtype), q_tile, UPCAST)
                     if partial is not None:
-                        sums = add_sums(sums, scalar_moments(g, x, y, slope, modulator, SUM, AFFINE, ORDER), COUNT)
+                        moments = scalar_moments(g, x, y, slope, modulator, SUM, AFFINE, ORDER, CHECK)
+                        sums = add_sums(sums, moments, COUNT)
         if partial is not None:
             place = (tl.cast(stream, tl.int64) * blocks + pid % blocks) * COUNT
             _store_scalar_gradients(partial + place, sums, cols < n_cols, modulator, AFFINE, ORDER)

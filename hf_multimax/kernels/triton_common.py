@@ -19,6 +19,8 @@ MASKED = tl.constexpr(-2.4547e38)
 #: that are not as far, but for a constant of the row, and their digits are kept.
 FARTHEST = tl.constexpr(1024.0)
 PHILOX_ROUNDS = tl.constexpr(7)
+#: Logarithm (base 2) of the largest power that the scalars' gradients count; scores that have larger ones are left out.
+LARGEST_POWER = tl.constexpr(120.0)
 
 
 @triton.jit
@@ -114,9 +116,10 @@ def load_elements(pointer, strides, where, BY_ROW: tl.constexpr):
 
 
 @triton.jit
-def power(x, N: tl.constexpr):
-    out = x
-    for _ in tl.static_range(1, N):
+def times_power(t, x, N: tl.constexpr):
+    """t * x^N, multiplied from t on: where t is 0 it stays 0, however large the power."""
+    out = t
+    for _ in tl.static_range(N):
         out = out * x
     return out
 
@@ -181,10 +184,10 @@ def modulate(y, modulator, ORDER: tl.constexpr, CLAMP: tl.constexpr = False):
         z -= t_b[0] * tl.minimum(y, b[0])
         z += t_d[0] * tl.maximum(y, d[0])
     for n in tl.static_range(1 if CLAMP else 0, ORDER):
-        below = power(tl.maximum(b[n] - y, 0.0), n + 1)
-        above = power(tl.maximum(y - d[n], 0.0), n + 1)
-        z += t_b[n] * below
-        z += t_d[n] * above
+        below = tl.maximum(b[n] - y, 0.0)
+        above = tl.maximum(y - d[n], 0.0)
+        z += times_power(t_b[n], below, n) * below
+        z += times_power(t_d[n], above, n) * above
     return z
 
 
@@ -202,8 +205,8 @@ def modulate_slope(y, modulator, ORDER: tl.constexpr):
     slope = 1.0 - t_b[0] * (y < b[0]).to(tl.float32)
     slope += t_d[0] * (y > d[0]).to(tl.float32)
     for n in tl.static_range(1, ORDER):
-        slope -= (n + 1) * t_b[n] * power(tl.maximum(b[n] - y, 0.0), n)
-        slope += (n + 1) * t_d[n] * power(tl.maximum(y - d[n], 0.0), n)
+        slope -= times_power((n + 1) * t_b[n], tl.maximum(b[n] - y, 0.0), n)
+        slope += times_power((n + 1) * t_d[n], tl.maximum(y - d[n], 0.0), n)
     return slope
 
 
@@ -218,11 +221,11 @@ def quarter_sums(x):
 
 
 @triton.jit
-def modulator_moments(weight, y, modulator, SUM: tl.constexpr, ORDER: tl.constexpr):
+def modulator_moments(weight, y, modulator, SUM: tl.constexpr, ORDER: tl.constexpr, CHECK: tl.constexpr):
     """Sums that the scalar gradients are made of, a tuple of 4 * ORDER results of :func:`quarter_sums`.
 
     For n = 1..ORDER: sum of weight * r^n for r = max(b_n - y, 0) and for r = max(y - d_n, 0), then the same with
-    r^(n-1) restricted to r > 0. They are taken in the type SUM.
+    r^(n-1) restricted to r > 0. They are taken in the type SUM. CHECK: a score may be so large that powers overflow.
     """
     b, d, t_b, t_d = modulator
     out = ()
@@ -233,17 +236,30 @@ def modulator_moments(weight, y, modulator, SUM: tl.constexpr, ORDER: tl.constex
             weight_b = weight * (y < b[n]).to(tl.float32)
             weight_d = weight * (y > d[n]).to(tl.float32)
         else:
-            weight_b = weight * power(below, n)
-            weight_d = weight * power(above, n)
+            if CHECK:
+                below = tl.where(below < 2.0 ** (LARGEST_POWER / (n + 1)), below, 0.0)
+                above = tl.where(above < 2.0 ** (LARGEST_POWER / (n + 1)), above, 0.0)
+            weight_b = times_power(weight, below, n)
+            weight_d = times_power(weight, above, n)
         out = out + (quarter_sums((weight_b * below).to(SUM)), quarter_sums((weight_d * above).to(SUM)))
         out = out + (quarter_sums(weight_b.to(SUM)), quarter_sums(weight_d.to(SUM)))
     return out
 
 
 @triton.jit
-def scalar_moments(weight, x, y, slope, modulator, SUM: tl.constexpr, AFFINE: tl.constexpr, ORDER: tl.constexpr):
+def scalar_moments(
+    weight,
+    x,
+    y,
+    slope,
+    modulator,
+    SUM: tl.constexpr,
+    AFFINE: tl.constexpr,
+    ORDER: tl.constexpr,
+    CHECK: tl.constexpr,
+):
     """:func:`modulator_moments` at ``x``, and for the affine map the sums of weight * slope times score and times 1."""
-    out = modulator_moments(weight, x, modulator, SUM, ORDER)
+    out = modulator_moments(weight, x, modulator, SUM, ORDER, CHECK)
     if AFFINE:
         weight = weight * slope
         out = out + (quarter_sums((weight * y).to(SUM)) * LN2, quarter_sums(weight.to(SUM)))
@@ -406,19 +422,21 @@ def probabilities(
 ):
     """Recompute for the backward pass: (p, x, y, slope, chain), from each row's ``norm`` as :func:`load_norm` gives it.
 
-    ``y``: score, 0 where masked by minus infinity so that gradients stay finite; ``x``: the modulator's argument;
+    ``y``: score, ``x``: the modulator's argument, both with CHECK 0 where p is, so that gradients stay finite there;
     ``slope``: d sigma / dx; ``chain``: what d loss / dx is multiplied by for the score (affine scale) and for the
     product of query and key (affine scale and soft cap), a pair.
     """
-    score, cap_slope = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
-    y = tl.where(score <= MASKED, 0.0, score) if CHECK else score
+    y, cap_slope = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
     x = apply_affine(y, affine)
     z = modulate(x, modulator, ORDER, CLAMP)
-    z = mask_scores(z, score, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, CHECK, EDGE, TAIL)
+    z = mask_scores(z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, CHECK, EDGE, TAIL)
     z -= norm[0]
     if len(norm) > 1:
         z -= norm[1]
     p = tl.exp2(z)
+    if CHECK:
+        y = tl.where(p == 0.0, 0.0, y)
+        x = tl.where(p == 0.0, 0.0, x)
     slope = modulate_slope(x, modulator, ORDER)
     chain = (1.0, cap_slope)
     if len(affine) > 0:

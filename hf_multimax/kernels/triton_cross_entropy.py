@@ -4,6 +4,7 @@ One program takes one row. It reads the products hidden @ weight.T once for the 
 the label's logit, and once more to put the gradient in their place, with the row's share of the modulator's gradients.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +15,8 @@ __all__ = ["row_losses"]
 MASKED = tl.constexpr(-1.7014117e38)
 LOWEST = tl.constexpr(-3.4028234e38)
 TINY = tl.constexpr(1.1754944e-38)
+#: logarithm (base 2) of the largest power that the scalars' gradients count
+LARGEST_POWER = tl.constexpr(120.0)
 #: 80 registers at order 2 on sm_90 (103 with every feature), no spills
 BLOCK, WARPS = 2048, 8
 
@@ -49,36 +52,39 @@ def row_losses(
     terms = 0 if ts is None else ts.numel()
     losses = x.new_empty(rows)
     sums = x.new_zeros(rows, 2 * terms + 2)
-    _row_kernel[(rows,)](
-        x,
-        labels,
-        losses,
-        sums,
-        ranges,
-        ts,
-        bias,
-        scale,
-        shift,
-        weights,
-        vocab,
-        ignore_index,
-        label_smoothing,
-        0.0 if softcap is None else softcap,
-        ORDER=terms // 2,
-        SUMS=2 * terms + 2,
-        SUMS_PADDED=triton.next_power_of_2(2 * terms + 2),
-        CAPPED=softcap is not None,
-        GRADIENT=gradient,
-        BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(x):
+        _row_kernel[(rows,)](
+            x,
+            labels,
+            losses,
+            sums,
+            ranges,
+            ts,
+            bias,
+            scale,
+            shift,
+            weights,
+            vocab,
+            ignore_index,
+            label_smoothing,
+            0.0 if softcap is None else softcap,
+            ORDER=terms // 2,
+            SUMS=2 * terms + 2,
+            SUMS_PADDED=triton.next_power_of_2(2 * terms + 2),
+            CAPPED=softcap is not None,
+            GRADIENT=gradient,
+            BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
     return losses, sums
 
 
 @triton.jit
-def _power(x, N: tl.constexpr):
-    out = x
-    for _ in tl.static_range(1, N):
+def _times_power(t, x, N: tl.constexpr):
+    """t * x^N, multiplied from t on: where t is 0 it stays 0, however large the power."""
+    out = t
+    for _ in tl.static_range(N):
         out = out * x
     return out
 
@@ -120,7 +126,7 @@ def _modulate(x, masked, ranges, ts, ORDER: tl.constexpr):
     for n in tl.static_range(1, ORDER + 1):
         below = tl.maximum(tl.load(ranges + 2 * n - 2) - x, 0.0)
         above = tl.maximum(x - tl.load(ranges + 2 * n - 1), 0.0)
-        out += tl.load(ts + 2 * n - 2) * _power(below, n) + tl.load(ts + 2 * n - 1) * _power(above, n)
+        out += _times_power(tl.load(ts + 2 * n - 2), below, n) + _times_power(tl.load(ts + 2 * n - 1), above, n)
     return tl.where(masked, float("-inf"), out)
 
 
@@ -176,7 +182,8 @@ def _row_kernel(
     # a row without any class: p = 0 everywhere; a NaN must stay, hence no maximum
     total = tl.where(total < TINY, TINY, total)
     share = smoothing / tl.maximum(classes, 1.0)
-    expected = (1.0 - smoothing) * target + share * kept_sum
+    # without smoothing a logit of minus infinity does not matter
+    expected = (1.0 - smoothing) * target + tl.where(smoothing > 0.0, share * kept_sum, 0.0)
     tl.store(losses + index, peak + tl.log(total) - expected)
 
     if GRADIENT:
@@ -200,14 +207,18 @@ def _row_kernel(
                         relu = tl.maximum(tl.load(ranges + k) - u, 0.0)
                     else:
                         relu = tl.maximum(u - tl.load(ranges + k), 0.0)
+                    signed = (2 * side - 1) * n * tl.load(ts + k)
                     if n == 1:
-                        derivative = tl.where(relu > 0.0, 1.0, 0.0)
+                        slope += tl.where(relu > 0.0, signed, 0.0)
+                        part = tl.where(relu > 0.0, grad, 0.0)
                     else:
-                        derivative = _power(relu, n - 1)
-                    moments += tl.where(which == k, tl.sum(grad * derivative * relu, 0), 0.0)
-                    moments += tl.where(which == 2 * ORDER + k, tl.sum(grad * derivative, 0), 0.0)
-                    slope += (2 * side - 1) * n * tl.load(ts + k) * derivative
-            grad = grad * slope
+                        slope += _times_power(signed, relu, n - 1)
+                        # powers that overflow are left out
+                        relu = tl.where(relu < 2.0 ** (LARGEST_POWER / n), relu, 0.0)
+                        part = _times_power(grad, relu, n - 1)
+                    moments += tl.where(which == k, tl.sum(part * relu, 0), 0.0)
+                    moments += tl.where(which == 2 * ORDER + k, tl.sum(part, 0), 0.0)
+            grad = tl.where(grad == 0.0, 0.0, grad * slope)  # the slope may be infinite there
             if scale is not None:
                 moments += tl.where(which == SUMS - 2, tl.sum(grad * score, 0), 0.0)
                 moments += tl.where(which == SUMS - 1, tl.sum(grad, 0), 0.0)

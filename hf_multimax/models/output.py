@@ -11,11 +11,12 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_multimax.discovery import code_names
 from hf_multimax.functional import compute_dtype
-from hf_multimax.fused_output import FusedLoss, captured_input, fused_loss
 from hf_multimax.kernels import differentiated_by_functions
-from hf_multimax.modulator import on_its_device
+from hf_multimax.models.discovery import code_names
+from hf_multimax.models.fused_output import FusedLoss, captured_input, fused_loss
+from hf_multimax.models.replacement import check_class_forward, check_replacement
+from hf_multimax.modulator import normalizers_by_row, on_its_device
 
 __all__ = ["check_output_supported", "modulated_forward"]
 
@@ -31,6 +32,9 @@ def check_output_supported(model: PreTrainedModel, stock_class: type[PreTrainedM
     others = [field for field in fields if field.endswith("_logits")]
     if others:
         raise ValueError(f"output=True does not support {name}, which returns {', '.join(others)} besides logits")
+    check_class_forward(stock_class)
+    if "forward" in vars(model):
+        check_replacement(model.forward, type(model).forward)
     names = code_names(stock_class)
     if "labels" not in names:
         raise ValueError(f"output=True needs a model with a loss; the forward of {name} takes no labels")
@@ -77,12 +81,25 @@ def modulated_forward(
             logits, loss = None, fused(hidden[0], labels, rest)
     else:
         # The loss sees the modulated logits before they are rounded to the model's type.
-        with on_its_device(model.multimax_output):
-            modulated = model.multimax_output.modulate(outputs.logits.to(compute_dtype(outputs.logits.dtype)))
+        modulated = _modulated(model.multimax_output, outputs.logits.to(compute_dtype(outputs.logits.dtype)))
         loss = None if labels is None else _loss(model, stock_class, modulated, labels, rest)
         logits = modulated.to(outputs.logits.dtype)
     outputs = type(outputs)(**{**outputs, "logits": logits, "loss": loss})
     return outputs if return_dict else outputs.to_tuple()
+
+
+def _modulated(module: nn.Module, logits: Tensor) -> Tensor:
+    """Logits ``[batch, ..., classes]`` modulated, each row by the normalizer of its adapter."""
+    groups = normalizers_by_row(module, logits.shape[0])
+    if groups[0][1] is None:
+        with on_its_device(groups[0][0]):
+            return groups[0][0].modulate(logits)
+    out = torch.empty_like(logits)
+    for normalizer, rows in groups:
+        rows = rows.to(logits.device)
+        with on_its_device(normalizer):
+            out[rows] = normalizer.modulate(logits[rows])
+    return out
 
 
 def _named_arguments(

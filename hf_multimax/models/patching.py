@@ -1,14 +1,21 @@
 """``patch_model`` and ``unpatch_model``: one call that gives any checkpoint a learnable SoftMax, and the way back."""
 
 import logging
+import re
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_multimax.config import MultiMaxConfig
-from hf_multimax.modeling import attach, detach, is_patched
-from hf_multimax.modulator import Normalizer
+from hf_multimax.models.attachment import attach, detach
+from hf_multimax.models.changes import Changes
+from hf_multimax.models.classes import is_patched, registered_model_class
+from hf_multimax.models.discovery import find_layers
+from hf_multimax.models.divergence import watch
+from hf_multimax.models.doors import patched_parts
+from hf_multimax.modulator import Normalizer, named_normalizers
 
 __all__ = [
     "freeze_base",
@@ -20,6 +27,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+OUTPUT = "multimax_output"
 
 
 def patch_model(model: PreTrainedModel, config: MultiMaxConfig | None = None, **overrides: Any) -> PreTrainedModel:
@@ -47,19 +56,84 @@ def patch_model(model: PreTrainedModel, config: MultiMaxConfig | None = None, **
             f"patch_model needs a Transformers model, got {type(model).__name__}: patch before wrapping it "
             "(PEFT, DDP, FSDP, torch.compile)"
         )
-    if is_patched(model) or any(is_patched(m) or isinstance(m, Normalizer) for m in model.modules()):
+    if config is not None and not isinstance(config, MultiMaxConfig):
+        raise TypeError(f"config must be a MultiMaxConfig, got {type(config).__name__}")
+    parts = {} if is_patched(model) else patched_parts(model)
+    if not parts and (is_patched(model) or any(isinstance(module, Normalizer) for module in model.modules())):
         raise ValueError("the model is patched already: call hf_multimax.unpatch_model(model) first")
     if "multimax" in vars(model.config):
         raise ValueError(
             "the model's config is that of a MultiMax checkpoint, whose scalars this stock class did not load: "
-            "load the checkpoint by its Auto class, after `import hf_multimax`"
+            "load the checkpoint with from_pretrained, after `import hf_multimax`"
         )
     if any(parameter.is_meta for parameter in model.parameters()) and hasattr(model, "hf_device_map"):
         raise ValueError("the model is offloaded: patch it before offloading, or save it patched and load that")
-    if config is not None and not isinstance(config, MultiMaxConfig):
-        raise TypeError(f"config must be a MultiMaxConfig, got {type(config).__name__}")
-    attach(model, (config or MultiMaxConfig()).replace(**overrides))
+    if parts:
+        return _patch_whole(model, parts, config, overrides)
+    options, generated = (config or MultiMaxConfig()).replace(**overrides), registered_model_class(type(model))
+    with Changes() as changes:
+        attach(model, options, generated, changes)
+    watch(model)
     return model
+
+
+def _patch_whole(
+    model: PreTrainedModel,
+    parts: dict[str, PreTrainedModel],
+    config: MultiMaxConfig | None,
+    overrides: dict[str, Any],
+) -> PreTrainedModel:
+    """Patch a stock model with MultiMax models inside: they become its parts, and it takes over their scalars."""
+    found = {f"{place}.{layer}": module for place, part in parts.items() for layer, module in named_normalizers(part)}
+    outputs = [name for name in found if name.endswith(f".{OUTPUT}")]
+    layers = {name: module for name, module in found.items() if name not in outputs}
+    values = {name: {k: p.detach().clone() for k, p in module.named_parameters()} for name, module in found.items()}
+    options = _common_config(model, parts, list(layers), bool(outputs)) if config is None else config
+    options, generated = options.replace(**overrides), registered_model_class(type(model))
+    with Changes() as changes:
+        for part in parts.values():
+            detach(part, changes)
+        attach(model, options, generated, changes)
+        taken = dict(named_normalizers(model))
+        for name, entries in values.items():
+            own = taken.get(OUTPUT if name in outputs and len(outputs) == 1 else name)
+            fits = own is not None and {k: p.shape for k, p in own.named_parameters()} == {
+                k: value.shape for k, value in entries.items()
+            }
+            if not fits:
+                raise ValueError(
+                    f"the scalars of {name} have no place in the patched {type(model).__name__}: patch it with the "
+                    "config of its parts, or call hf_multimax.unpatch_model on them, which drops their scalars"
+                )
+            with torch.no_grad():
+                for key, parameter in own.named_parameters():
+                    parameter.copy_(entries[key])
+    watch(model)
+    return model
+
+
+def _common_config(
+    model: PreTrainedModel, parts: dict[str, PreTrainedModel], layers: list[str], output: bool
+) -> MultiMaxConfig:
+    """The one config of the patched models inside ``model``, for the layers that they patched.
+
+    Raises:
+        ValueError: if their configs differ in more than the layers.
+    """
+    varying = {"include": None, "exclude": None, "output": output, "attention": bool(layers)}
+    found = {place: {**part.config.multimax, **varying} for place, part in parts.items()}
+    first = next(iter(found.values()))
+    if any(values != first for values in found.values()):
+        raise ValueError(
+            f"the MultiMax parts of the model ({', '.join(found)}) were patched with different configs, and a model "
+            "has one: patch them alike, or call hf_multimax.unpatch_model on them, which drops their scalars"
+        )
+    include = None
+    found = find_layers(model)
+    if layers and set(layers) != {*found.interface, *found.outside}:
+        short = (re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in layers)
+        include = [f"^{name}$" for name in short]
+    return MultiMaxConfig.from_dict({**first, "include": include})
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -70,7 +144,8 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not is_patched(model):
         raise ValueError(f"this {type(model).__name__} is not a MultiMax model: there is nothing to unpatch")
-    detach(model)
+    with Changes() as changes:
+        detach(model, changes)
     return model
 
 

@@ -4,7 +4,7 @@
 #: another part of the call already contains (the mask holds the sliding window).
 HANDLED_KEYWORDS = frozenset(
     {"query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "position_bias", "softcap", "s_aux"}
-    | {"sinks", "sliding_window", "cache"}
+    | {"sinks", "sliding_window", "cache", "indices", "block_indices"}
 )
 
 #: Keywords that only other implementations need: packing hints for flash attention, whose masks say the same, and
@@ -19,3 +19,13 @@ HEAD_COUNT_ATTRIBUTES = ("num_heads", "n_heads", "num_attention_heads", "n_head"
 
 #: Attention outside the interface whose result the class computes but does not use.
 UNUSED_ATTENTION = {"SiglipForImageClassification": frozenset({"vision_model.head.attention"})}
+
+#: Attention, by what its class's name says in small letters, whose softmax is over something else than keys.
+UNSERVED_ATTENTION = {
+    "deformable": "its softmax weighs sampling points, not keys",
+    "attentionmap": "its softmax makes a map of positions of all heads together",
+    "gated": "its softmax gates features",
+    "attnblock": "its softmax is over the third of four dimensions",
+    "assignattention": "its softmax assigns keys to groups",
+    "grucell": "its softmax is over the second dimension",
+}

@@ -1,0 +1,182 @@
+"""What a patch changes, all of it or none, and the way back.
+
+Of the model: its class; each attention layer's ``multimax`` (a normalizer, or None for a layer left at SoftMax) and
+``_multimax_always_masked``; the class of a layer outside Transformers' AttentionInterface; ``multimax_output``;
+``_no_split_modules``, ``_keep_in_fp32_modules_strict`` and ``_keys_to_ignore_on_save``; and ``_multimax_stock``, what
+the last three and the attention implementations were.
+Of its configs, which are first copied, as other models may hold them: their classes, the attention implementation, the
+``multimax`` entry and ``_multimax_masks``.
+"""
+
+import contextlib
+import copy
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_multimax.attention import IMPLEMENTATION
+from hf_multimax.config import MultiMaxConfig
+from hf_multimax.models.changes import Changes
+from hf_multimax.models.configs import MultiMaxConfigMixin, config_class
+from hf_multimax.models.discovery import Layers, attention_layers, head_count, select_layers
+from hf_multimax.models.generated import stock_of
+from hf_multimax.models.masks import ADDITIVE, mask_kinds, owner_of
+from hf_multimax.models.output import check_output_supported
+from hf_multimax.models.outside import OutsideMixin, outside_class
+from hf_multimax.modulator import Normalizer
+from hf_multimax.normalizers import build_normalizer, get_normalizer
+
+__all__ = ["attach", "detach"]
+
+logger = logging.getLogger(__name__)
+
+_FLOAT32 = {"multimax", "multimax_output"}
+#: Set while an output-modulated model runs.
+_OUTPUT_STATE = ("fused_output_loss", "_output_loss_checked", "_output_is_fusible")
+
+
+def attach(
+    model: PreTrainedModel,
+    config: MultiMaxConfig,
+    generated: type[PreTrainedModel],
+    changes: Changes,
+    strict: bool = True,
+) -> None:
+    """Put normalizers into ``model`` and switch its class and configs; whatever can raise comes before any change.
+
+    Args:
+        generated: the class that ``model`` becomes an instance of.
+        changes: an open block of changes, that of whoever does more in one step.
+        strict: False when ``config`` was made for another head class of the same architecture: patterns may then match
+            nothing, and an output modulator that the class cannot have is dropped, with a line in the log.
+    """
+    config = _without_impossible_output(model, config, strict)
+    selected = select_layers(model, config, strict) if config.attention else Layers()
+    normalizers = _normalizers(config, {**selected.interface, **selected.outside})
+    output = _output_modulator(model, config) if config.output else None
+    layers = attention_layers(model) if config.attention else {}
+    answering = {name: outside_class(stock_of(type(layer))) for name, layer in selected.outside.items()}
+    kinds = mask_kinds(model, layers, selected.outside)
+    masked = {name: kinds.get(id(owner_of(model, name).config)) == ADDITIVE for name in layers}
+    copies = _copies_of_configs(model)
+    held = (layer.config for layer in (*layers.values(), *selected.outside.values()) if hasattr(layer, "config"))
+    parts = [model.config, *held, *(owner_of(model, name).config for name in selected.outside)]
+    replaced = [part for part in {id(part): part for part in parts}.values() if id(part) in copies]
+    implementations = [(copies[id(part)], part._attn_implementation) for part in replaced]
+    for part in replaced:
+        _adapt(copies[id(part)], config, kinds.get(id(part)))
+    copies[id(model.config)].multimax = config.to_dict()
+    # What accelerate wraps for FSDP2: a modulator is a unit of its own, for its type is not the block's.
+    built = [*normalizers.values(), *([output] if output is not None else [])]
+    units = {type(normalizer).__name__ for normalizer in built if list(normalizer.parameters())}
+    stock = {
+        "_no_split_modules": model._no_split_modules,
+        "_keep_in_fp32_modules_strict": model._keep_in_fp32_modules_strict,
+        "_keys_to_ignore_on_save": model._keys_to_ignore_on_save,
+    }
+
+    for module in list(model.modules()):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                changes.set(module, name, copies[id(value)])
+    for name, layer in layers.items():
+        changes.set(layer, "multimax", normalizers.get(name))
+        changes.set(layer, "_multimax_always_masked", masked[name])
+    for name, layer in selected.outside.items():
+        changes.set(layer, "multimax", normalizers[name])
+        changes.set(layer, "__class__", answering[name])
+    if output is not None:
+        changes.set(model, "multimax_output", output)
+    changes.set(model, "_multimax_stock", {"implementations": implementations, "attributes": stock})
+    changes.set(model, "_no_split_modules", {*(model._no_split_modules or ()), *units})
+    changes.set(model, "_keep_in_fp32_modules_strict", {*(model._keep_in_fp32_modules_strict or ()), *_FLOAT32})
+    # Marian leaves out its positions, since it can compute them: those of a converted model are others.
+    changes.set(model, "_keys_to_ignore_on_save", set())
+    changes.set(model, "__class__", generated)
+
+
+def detach(model: PreTrainedModel, changes: Changes) -> None:
+    """The inverse of :func:`attach`."""
+    stock = model._multimax_stock
+    changes.set(model, "__class__", stock_of(type(model)))
+    for name in (*_OUTPUT_STATE, "multimax_output", "_multimax_stock"):
+        changes.delete(model, name)
+    for name, value in stock["attributes"].items():
+        changes.set(model, name, value)
+    for layer in attention_layers(model).values():
+        changes.delete(layer, "multimax")
+        changes.delete(layer, "_multimax_always_masked")
+    for layer in [module for module in model.modules() if isinstance(module, OutsideMixin)]:
+        changes.set(layer, "__class__", stock_of(type(layer)))
+        changes.delete(layer, "multimax")
+    configs = [value for module in model.modules() for value in vars(module).values()]
+    for config in {id(value): value for value in configs if isinstance(value, MultiMaxConfigMixin)}.values():
+        changes.set(config, "__class__", stock_of(type(config)))
+        changes.delete(config, "multimax")
+        changes.delete(config, "_multimax_masks")
+    for config, implementation in stock["implementations"]:
+        changes.set(config, "_attn_implementation_internal", implementation)
+
+
+def _without_impossible_output(model: PreTrainedModel, config: MultiMaxConfig, strict: bool) -> MultiMaxConfig:
+    """``config``, without the output modulator where the class of ``model`` cannot have it and that may be."""
+    if not config.output:
+        return config
+    try:
+        check_output_supported(model, stock_of(type(model)))
+    except ValueError as error:
+        if strict:
+            raise
+        if not config.attention:
+            raise ValueError(f"{error}. The checkpoint modulates the output only: load it by its own class") from error
+        logger.warning(f"The checkpoint's output modulator is dropped: {error}")
+        return config.replace(output=False)
+    return config
+
+
+def _normalizers(config: MultiMaxConfig, selected: dict[str, nn.Module]) -> dict[str, Normalizer]:
+    """The normalizer of every selected layer."""
+    per_head = config.per_head or get_normalizer(config.normalizer).per_head
+    built = {
+        name: _build(config, layer, head_count(name, layer) if per_head else None) for name, layer in selected.items()
+    }
+    if config.per_head and not any(list(normalizer.parameters()) for normalizer in built.values()):
+        raise ValueError(f"per_head=True means nothing to normalizer={config.normalizer!r}, which learns nothing here")
+    return built
+
+
+def _output_modulator(model: PreTrainedModel, config: MultiMaxConfig) -> Normalizer:
+    if not get_normalizer(config.normalizer).modulates_output:
+        raise ValueError(
+            f"output=True is not possible with the normalizer {config.normalizer!r}: it has no output loss"
+        )
+    return _build(config, model.get_output_embeddings() or model, None)
+
+
+def _build(config: MultiMaxConfig, beside: nn.Module, num_heads: int | None) -> Normalizer:
+    """The normalizer of ``config``, on the device and in the mode of the module that it is to stand in."""
+    parameter = next(beside.parameters(), None)
+    with contextlib.nullcontext() if parameter is None else parameter.device:
+        return build_normalizer(config, num_heads).train(beside.training)
+
+
+def _copies_of_configs(model: PreTrainedModel) -> dict[int, Any]:
+    """A copy of every config that a module of ``model`` holds, by the ``id`` of the original."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, PreTrainedConfig):
+                copy.deepcopy(value, memo)
+    return memo
+
+
+def _adapt(config: PreTrainedConfig, options: MultiMaxConfig, masks: str | None) -> None:
+    """Make a stock config, which nothing holds yet, that of a patched model."""
+    config.__dict__.pop("multimax", None)
+    config.__class__ = config_class(stock_of(type(config)))
+    if masks is not None:
+        config._multimax_masks = masks
+    if options.attention:
+        config._attn_implementation_internal = IMPLEMENTATION

@@ -1,0 +1,106 @@
+"""Attention that does not go through Transformers' AttentionInterface: its softmax is answered by the normalizer.
+
+While the ``forward`` of such a layer runs, a ``TorchFunctionMode`` answers ``softmax(x, -1)`` of floating scores, and
+``scaled_dot_product_attention``, by what the layer holds; everything else goes on as it was. Scores that a mask has
+made very small are masked. A layer that runs without such a call raises: it would stay at SoftMax in silence.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hf_multimax.attention import scaled_dot_product_multimax
+from hf_multimax.functional import compute_dtype
+from hf_multimax.models.generated import make_class
+from hf_multimax.modulator import Normalizer, normalizers_by_row, on_its_device
+
+__all__ = ["MASKED", "OutsideMixin", "outside_class"]
+
+#: A score at or below this is a masked entry: masks of -10,000 are in use, scores are in the tens.
+MASKED = -9e3
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+
+
+class OutsideMixin:
+    """What marks the class of a layer whose softmax is answered."""
+
+
+@functools.cache
+def outside_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The class of ``stock`` layers whose softmax their ``multimax`` answers."""
+
+    @functools.wraps(stock.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        (normalizer, rows), *more = normalizers_by_row(self.multimax, 0)
+        with on_its_device(normalizer), _Answers(normalizer) as answers:
+            result = stock.forward(self, *args, **kwargs)
+        if not answers.given:
+            raise ValueError(
+                f"this {stock.__name__} computed its attention without softmax(x, -1) or scaled_dot_product_attention"
+                f"{answers.seen}, so that it cannot be replaced: leave it at SoftMax with exclude= when patching"
+            )
+        return result
+
+    return make_class(OutsideMixin, stock, outside_class, {"forward": forward})
+
+
+class _Answers(TorchFunctionMode):
+    """Answers softmax by a normalizer.
+
+    Attributes:
+        given: how many calls were answered.
+        seen: what softmax calls were left alone, for the error message.
+    """
+
+    def __init__(self, normalizer: Normalizer) -> None:
+        super().__init__()
+        self.normalizer, self.given, self.seen = normalizer, 0, ""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _SOFTMAX:
+            return self._softmax(function, *args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            self.given += 1
+            return scaled_dot_product_multimax(self.normalizer, *args, **kwargs)
+        if function is F.multi_head_attention_forward:
+            with self:  # what it calls is answered
+                return _unchecked_multi_head_attention(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    def _softmax(
+        self,
+        function: Callable[..., Tensor],
+        input: Tensor,
+        dim: int | None = None,
+        *rest: Any,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Tensor:
+        if not input.is_floating_point() or dim not in (-1, input.ndim - 1):
+            self.seen = f" (but with softmax over dimension {dim} of {input.ndim})"
+            return function(input, dim, *rest, dtype=dtype, **options)
+        self.given += 1
+        scores = input.to(compute_dtype(dtype or input.dtype))
+        keep = scores > MASKED
+        # replaced before the modulator, in which so large a number would make gradients NaN
+        scores = self.normalizer.modulate(scores.masked_fill(~keep, 0.0))
+        return self.normalizer.normalize(scores, -1, keep).to(dtype or input.dtype)
+
+
+#: The same function without its question whether somebody overrides it, which would lead back here.
+_unchecked_multi_head_attention = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda *tensors: False},
+    "multi_head_attention_forward",
+    F.multi_head_attention_forward.__defaults__,
+)
+_unchecked_multi_head_attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
