@@ -12,7 +12,7 @@ from transformers.utils import output_capturing
 
 from hf_multimax.backends import choose_kernel, current_backend, exporting, require_eager, tiles_are_slower
 from hf_multimax.functional import Affine, compute_dtype, masked_softmax, modulate
-from hf_multimax.kernels import differentiated_by_functions, tiled
+from hf_multimax.kernels import differentiated_by_functions, tiled, without_autocast
 from hf_multimax.modulator import MultiMax, Normalizer, normalizers_by_row, on_its_device
 
 __all__ = ["IMPLEMENTATION", "attention_forward", "multimax_attention", "scaled_dot_product_multimax"]
@@ -299,7 +299,7 @@ def _as_autocast_wants(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
         return q, k, v, contextlib.nullcontext()
     dtype = torch.get_autocast_dtype(device)
     q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    return q, k, v, torch.autocast(device, enabled=False)
+    return q, k, v, without_autocast(q.device)
 
 
 class _Unhooked(nn.Module):

@@ -91,12 +91,13 @@ def test_a_training_step_is_stocks_within_the_types_rounding(name, dtype):
     batch = zoo_inputs(name)
     stock, exact = trained(zoo_model(name), batch, dtype), trained(zoo_model(name), batch, None)
     loss, gradients = trained(patch_model(zoo_model(name)), batch, dtype)
+    digits = 16
     if not math.isfinite(stock[0]):  # LongT5's own float16
-        stock = exact
+        stock, digits = exact, 32
     assert abs(loss - exact[0]) <= 4 * abs(stock[0] - exact[0]) + 4 * RELATIVE[dtype] * abs(exact[0])
     for key in stock[1]:
         errors = [relative_error(x[key], exact[1][key]) for x in (gradients, stock[1])]
-        assert errors[0] <= 4 * errors[1] + 16 * RELATIVE[dtype], (key, errors)
+        assert errors[0] <= 4 * errors[1] + digits * RELATIVE[dtype], (key, errors)
     ours = [value for key, value in gradients.items() if "multimax" in key]
     assert ours and all(value.dtype == torch.float32 and value.isfinite().all() for value in ours)
 

@@ -3,6 +3,8 @@
 Every attention backend is one function with the arguments of ``tiled.attention``.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch._C import _functorch
 
@@ -15,6 +17,12 @@ def differentiated_by_functions() -> bool:
     if torch.compiler.is_compiling():
         return False
     return any(level.key() != _functorch.TransformType.Vmap for level in _functorch.get_interpreter_stack() or ())
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off on that device: it would round what is computed in float32. A backward pass may run in it, too."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def refuse_second_derivative(backend: str) -> None:

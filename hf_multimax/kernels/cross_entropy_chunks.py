@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import without_autocast
 from .cross_entropy_problem import Gradients, Problem
 from .cross_entropy_rows import KernelLoss, TileLoss, row_kernel
 
@@ -16,7 +17,7 @@ def solve(problem: Problem, wanted: Sequence[bool], row_weights: Tensor | None =
     gradients = Gradients(problem, wanted)
     losses = problem.hidden.new_zeros(problem.hidden.shape[0], dtype=problem.compute_dtype)
     problem = problem.prepared()
-    with torch.autocast(problem.hidden.device.type, enabled=False):
+    with without_autocast(problem.hidden.device):
         _solve_rows(problem, gradients, losses, row_weights)
     return losses, *gradients.result(problem)
 

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import without_autocast
 from .tiles import Problem, Scores, Tile, length
 
 __all__ = ["Gradients", "Rows", "run_backward", "run_forward"]
@@ -61,8 +62,9 @@ def run_backward(problem: Problem, rows: Rows, grad_out: Tensor, bias: Tensor | 
         bias=None if bias is None else torch.zeros(bias.shape, dtype=problem.dtype, device=bias.device),
         mask=None if mask is None else torch.zeros(mask.shape, dtype=problem.dtype, device=mask.device),
     )
-    for tile in problem.tiles:
-        _backward_tile(problem, rows, tile, grad_out, grads)
+    with without_autocast(problem.q.device):
+        for tile in problem.tiles:
+            _backward_tile(problem, rows, tile, grad_out, grads)
     return grads
 
 

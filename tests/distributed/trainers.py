@@ -2,11 +2,12 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from models import VOCAB
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from distributed.common import ADAM, dtypes, stirred
 from hf_multimax import multimax_parameters
@@ -32,8 +33,11 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": t, "labels": y} for t, y in zip(tokens, labels)]
 
 
-def train(folder: Path, name: str, processes: int) -> dict:
-    """Three steps on batches of four; ``processes`` share each batch. The model is saved to ``folder``."""
+def train(folder: Path, name: str, processes: int, start: Path | None = None, **more: Any) -> dict:
+    """Three steps on batches of four; ``processes`` share each batch. The model is saved to ``folder``.
+
+    It is loaded from ``start``, or made here. ``more`` goes to TrainingArguments.
+    """
     options, arguments = RUNS[name]
     AcceleratorState._reset_state(reset_partial_state=True)
     arguments = TrainingArguments(
@@ -45,9 +49,11 @@ def train(folder: Path, name: str, processes: int) -> dict:
         max_steps=3,
         logging_steps=1,
         per_device_train_batch_size=4 // processes,
-        **{"learning_rate": ADAM["lr"], "adam_epsilon": ADAM["eps"], **arguments},
+        **{"learning_rate": ADAM["lr"], "adam_epsilon": ADAM["eps"], **arguments, **more},
     )
-    trainer = Trainer(stirred(**options), arguments, train_dataset=rows())
+    # after the arguments, which tell Transformers of ZeRO-3
+    model = stirred(**options) if start is None else AutoModelForCausalLM.from_pretrained(start)
+    trainer = Trainer(model, arguments, train_dataset=rows())
     trainer.train()
     trainer.save_model(folder)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]

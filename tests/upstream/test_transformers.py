@@ -1,18 +1,13 @@
 """Transformers' common tests of models and configs pass on patched models, but for refusals by design."""
 
-import os
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.upstream.sources import source_distribution
+from tests.upstream.sources import copy_tests, lost
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 
 _ANOTHER = "asks for another attention implementation, which would drop MultiMax"
 #: Tests that the stock models pass and patched ones do not, by a pattern, and why.
@@ -39,11 +34,7 @@ def package(tmp_path_factory):
     """A folder with Transformers' package of tests: what its source distribution has, and stand-ins for the rest."""
     pytest.importorskip("parameterized")
     folder = tmp_path_factory.mktemp("upstream")
-    source = source_distribution("transformers") / "tests"
-    for path in source.glob("*.py"):
-        (folder / "tests").mkdir(exist_ok=True)
-        (folder / "tests" / path.name).write_bytes(path.read_bytes())
-    (folder / "tests" / "__init__.py").touch()
+    copy_tests("transformers", folder)
     for name, text in _STUBS.items():
         path = folder / "tests" / name
         path.parent.mkdir(exist_ok=True)
@@ -53,40 +44,11 @@ def package(tmp_path_factory):
     return folder
 
 
-def outcomes(folder: Path, patched: bool) -> dict[str, str]:
-    """Every test's outcome."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "test_modeling.py",
-        "-rA",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-    ]
-    environment = {
-        **os.environ, "MULTIMAX": str(int(patched)), "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT))),
-        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [*command, "-W", "ignore", "--tb=no"], cwd=folder, env=environment, capture_output=True, text=True, timeout=3600
-    )
-    found = re.findall(r"^(PASSED|FAILED|ERROR) test_modeling\.py::(\S+)", done.stdout, flags=re.MULTILINE)
-    assert found, done.stdout[-3000:] + done.stderr[-3000:]
-    return {name: outcome for outcome, name in found}
-
-
 @pytest.mark.slow
 def test_what_stock_models_pass_patched_ones_pass(package):
-    with ThreadPoolExecutor(2) as pool:
-        stock, patched = pool.map(outcomes, [package] * 2, [False, True])
-    passed = {name for name, outcome in stock.items() if outcome == "PASSED"}
-    lost = sorted(name for name in passed if patched.get(name) in ("FAILED", "ERROR"))
-    unexplained = [name for name in lost if not any(re.fullmatch(p, name.partition("::")[2]) for p in BY_DESIGN)]
+    passed, missing = lost(package, package, "test_modeling.py", MULTIMAX="1")
+    unexplained = [name for name in missing if not any(re.fullmatch(p, name.partition("::")[2]) for p in BY_DESIGN)]
     assert unexplained == []
     assert len(passed) > 400
     for pattern in BY_DESIGN:  # a reason that is none any more is removed
-        assert any(re.fullmatch(pattern, name.partition("::")[2]) for name in lost), pattern
+        assert any(re.fullmatch(pattern, name.partition("::")[2]) for name in missing), pattern
