@@ -334,9 +334,7 @@ _THRESHOLDS = {"never": (-1e6, 1e30, -1e3, 1e3), "always": (1e6, -1e6, -1.0, 1.0
 
 CHECKS: dict[str, Check] = {
     **_each(float32_agrees_with_float64, case={case.name: case for case in CASES}),
-    **_each(
-        scores_of_any_size, seed={f"seed {seed}": seed for seed in (3, 4, 8, 9, 12, 13, 14, 19, 26, 29, 32, 35)}
-    ),
+    **_each(scores_of_any_size, seed={f"seed {seed}": seed for seed in (3, 4, 8, 9, 12, 13, 14, 19, 26, 29, 32, 35)}),
     **_each(far_thresholds),
     **_each(half_precision, dtype=_HALF),
     **_each(half_precision_is_no_worse_than_eager, case={case.name: case for case in HALF_CASES}, dtype=_HALF),

@@ -53,7 +53,9 @@ def outcomes(folder: Path, module: str, *arguments: str, **environment: str) -> 
         **os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT))), "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1", **environment,
     }  # fmt: skip
-    done = subprocess.run([*command, *arguments], cwd=folder, env=variables, capture_output=True, text=True, timeout=3600)
+    done = subprocess.run(
+        [*command, *arguments], cwd=folder, env=variables, capture_output=True, text=True, timeout=3600
+    )
     found = re.findall(rf"^(PASSED|FAILED|ERROR) {re.escape(module)}::(\S+)", done.stdout, flags=re.MULTILINE)
     assert found, done.stdout[-3000:] + done.stderr[-3000:]
     return {name: outcome for outcome, name in found}
