@@ -20,8 +20,8 @@ test-newest: $(NEWEST)/.installed
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest $(PYTEST) $(ARGS)
 
-## The slow tests: long trainings, downloads of real data, cross-compilation.
-test-slow: $(NEWEST)/.installed
+## The slow tests: long trainings, downloads of real data, cross-compilation, other packages' own tests.
+test-slow: $(NEWEST)/.upstream
 	$(NEWEST)/bin/python -m pytest -m slow $(ARGS)
 
 style: $(NEWEST)/.installed
@@ -35,6 +35,10 @@ format: $(NEWEST)/.installed
 $(NEWEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(NEWEST)/.upstream: $(NEWEST)/.installed
+	DS_BUILD_OPS=0 $(NEWEST)/bin/python -m pip install -q -c constraints.txt -e '.[dev,upstream]'
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt

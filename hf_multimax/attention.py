@@ -134,6 +134,8 @@ def attention_forward(
         # A static cache at its first call is longer than the queries, which are its first entries.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
+    if query.shape[0] == 1:  # queries of the model's own, for every text
+        query = query.expand(key.shape[0], -1, -1, -1)
     query, key, value, no_autocast = _as_autocast_wants(query, key, value)
     options = {
         "dropout_p": dropout if module.training else 0.0,
@@ -198,6 +200,7 @@ def scaled_dot_product_multimax(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention`` through a layer's normalizer.
 
@@ -205,6 +208,7 @@ def scaled_dot_product_multimax(
         query: ``[..., Nq, D]``, at least two dimensions; key, value: ``[..., Nk, D]`` and ``[..., Nk, Dv]``.
         attn_mask: boolean (True = keep) or additive, broadcastable to ``[..., Nq, Nk]``; it acts after the modulator.
         is_causal: query i sees the keys up to i, as there.
+        bias: broadcastable to ``[..., Nq, Nk]``, added to the scores before the modulator.
         others: as there.
 
     Returns:
@@ -215,8 +219,11 @@ def scaled_dot_product_multimax(
     if is_causal and rows != keys:
         causal = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril()
         attn_mask = causal if attn_mask is None else _with_mask(attn_mask, causal)
-    if attn_mask is not None and len(lead) != 2:
-        attn_mask = attn_mask.expand(*lead, rows, keys).reshape(-1, *lead[-1:], rows, keys)
+    if len(lead) != 2:
+        attn_mask, bias = (
+            None if x is None else x.expand(*lead, rows, keys).reshape(-1, *lead[-1:], rows, keys)
+            for x in (attn_mask, bias)
+        )
     q, k, v = (
         x if x.ndim == 4 else x.reshape(-1, *(x.shape[-3:-2] or (1,)), *x.shape[-2:]) for x in (query, key, value)
     )
@@ -228,7 +235,7 @@ def scaled_dot_product_multimax(
             v,
             False,
             mask=attn_mask,
-            bias=None,
+            bias=bias,
             dropout_p=dropout_p,
             causal=is_causal and rows == keys,
             scale=scale,

@@ -352,7 +352,8 @@ def _sparsity_threshold(z: Tensor, keep: Tensor, sparsity: float | Tensor) -> Te
     position = q * (count - 1)
     index = position.detach().floor().long()
     below, above = ordered.gather(-1, index), ordered.gather(-1, (index + 1).minimum(count - 1))
-    return -(below + (position - index) * (above - below)) + _THRESHOLD_SHIFT
+    # times one: ONNX optimisers leave out the addition of a constant that is almost zero
+    return -(below + (position - index) * (above - below)) + _THRESHOLD_SHIFT * (count / count)
 
 
 @rowwise
@@ -360,7 +361,7 @@ def _adaptive_temperature(x: Tensor, keep: Tensor, apply_in_training: bool = Fal
     p = x.softmax(-1)
     if training and not apply_in_training:
         return p
-    entropy = -(p * (p + 1e-9).log()).sum(-1, keepdim=True)
+    entropy = -(p * p.clamp(min=1e-9).log()).sum(-1, keepdim=True)
     beta = torch.zeros_like(entropy)
     for coefficient in _ADAPTIVE_POLYNOMIAL:
         beta = beta * entropy + coefficient

@@ -98,12 +98,17 @@ def test_a_layer_that_stays_softmax_is_seen(monkeypatch):
     assert row["checks"]["discovery"] == "SoftMax stays in transformer.h.0.attn (GPT2Attention)"
 
 
+def _without_mask(module, args, kwargs):
+    return args, {**kwargs, "attention_mask": None}
+
+
 def test_a_patch_that_forgets_the_causal_mask_is_seen(monkeypatch):
     def patch(model):
         patch_model(model)
         for module in model.modules():
             if hasattr(module, "is_causal"):
                 module.is_causal = False
+                module.register_forward_pre_hook(_without_mask, with_kwargs=True)
 
     monkeypatch.setattr(attempt, "patch_model", patch)
     assert {"identity", "identity by default", "no future"} <= _failed(try_type("gpt2"))
@@ -114,21 +119,16 @@ def test_a_patch_that_does_nothing_is_seen(monkeypatch):
     assert {"discovery", "save and load", "unpatch"} <= _failed(try_type("gpt2"))
 
 
+def _forget(module, state, prefix, metadata):
+    state[f"{prefix}ts"] = torch.zeros_like(state[f"{prefix}ts"])
+
+
 def test_scalars_without_gradient_or_lost_in_a_file_are_seen(monkeypatch):
     def patch(model):
         patch_model(model)
-        save = model.save_pretrained
-        frozen = model.transformer.h[1].attn.multimax.ts
-        frozen.requires_grad_(False)
-
-        def forgetful(folder):
-            with torch.no_grad():
-                kept = frozen.clone()
-                frozen.zero_()
-                save(folder)
-                frozen.copy_(kept)
-
-        model.save_pretrained = forgetful
+        normalizer = model.transformer.h[1].attn.multimax
+        normalizer.ts.requires_grad_(False)
+        normalizer.register_state_dict_post_hook(_forget)
 
     monkeypatch.setattr(attempt, "patch_model", patch)
     row = try_type("gpt2")
@@ -146,10 +146,10 @@ def test_a_refusal_that_changes_the_model_is_seen(monkeypatch):
     assert (row["status"], _failed(row)) == ("failed", {"a refusal changes nothing"})
 
 
-def test_a_refusal_names_the_place_or_not():
-    row = try_type("bloom")
-    assert row["status"] == "refused" and row["outside"] == ["transformer.h.*.self_attention"]
-    assert row["names the place"] == ("transformer.h.0.self_attention" in row["sentence"])
+def test_a_refusal_names_the_place():
+    row = try_type("slanet")
+    assert row["status"] == "refused" and row["outside"] == ["head.structure_attention_cell"]
+    assert row["names the place"] and "head.structure_attention_cell" in row["sentence"]
 
 
 # -- where attention is

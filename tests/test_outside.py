@@ -65,6 +65,7 @@ def test_no_token_sees_the_future_and_caches_agree(name):
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 5) % 50 + 3
     torch.testing.assert_close(logits(model, {"input_ids": ids})[:, :-1], logits(model, {"input_ids": other})[:, :-1])
+    torch.testing.assert_close(logits(model, {"input_ids": ids[:, :5]}), logits(model, {"input_ids": ids})[:, :5])
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached, plain = (model.generate(ids, use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, plain)

@@ -1,14 +1,16 @@
 """Everything about one model type: the stock model first, then the patched one, then the checks."""
 
+import functools
 import inspect
 import re
 import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from benchmarks.architectures.checks import check_all
+from benchmarks.architectures.checks import TYPES, check_all
 from benchmarks.architectures.compare import describe, difference, plain
 from benchmarks.architectures.inputs import make_inputs
 from benchmarks.architectures.models import build, classes
@@ -72,15 +74,23 @@ def _run_stock(trial: Trial) -> None:
     stock["sites"], stock["used"] = sites, _used(trial, list(sites))
     trial.row["attention"] = {_pattern(name): cls.__name__ for name, cls in sites.items()}
     trial.row["outside"] = sorted({_pattern(name) for name in _outside(sites)})
-    stock["class"], stock["config"] = type(model), model.config.to_dict()
-    stock["state"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trial.find_labels()
     stock["leak"] = _or_error(trial.leak)
     stock["generated"] = _or_error(lambda: tuple(trial.generate(use_cache=cache) for cache in (True, False)))
-    stock["generated, static"] = _or_error(lambda: trial.generate(use_cache=True, cache_implementation="static"))
+    stock["static"] = _or_error(lambda: _logits_pair(trial))
     stock["last logits"] = _or_error(trial.last_logits)
-    stock["training"] = _or_error(lambda: tuple(trial.training_step(bf16=bf16) for bf16 in (False, True)))
+    stock["training"] = {dtype: _or_error(functools.partial(trial.training_step, dtype)) for dtype in TYPES}
     stock["noise"] = max(stock["noise"], difference(trial.run(), stock["outputs"]))
+    stock["class"], stock["config"] = type(model), model.config.to_dict()
+    stock["state"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    # quantisation ranges, codebooks: what changes as the model runs
+    stock["volatile"] = {name for name, tensor in before.items() if not torch.equal(tensor, stock["state"][name])}
+
+
+def _logits_pair(trial: Trial) -> tuple[Tensor, Tensor]:
+    """The logits of generation with a growing cache, and with a static one."""
+    return trial.logits_of_generation(), trial.logits_of_generation(cache_implementation="static")
 
 
 def _or_error(function: Callable[[], Any]) -> Any:
@@ -111,7 +121,8 @@ def _patch(trial: Trial) -> bool:
     except ValueError as error:
         outside = _outside(stock["sites"])
         row["sentence"] = plain(str(error))
-        row["names the place"] = any(name in str(error) for name in outside) if outside else None
+        modules = [name.removeprefix(f"{model.base_model_prefix}.") for name, _ in model.named_modules()]
+        row["names the place"] = any(name in str(error) for name in modules if "." in name) if outside else None
         same = type(model) is stock["class"] and not is_patched(model) and not multimax_parameters(model)
         same = same and difference(trial.run(), stock["outputs"]) <= trial.noise
         row["checks"]["a refusal changes nothing"] = "passed" if same else "the model changed"

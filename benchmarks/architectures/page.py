@@ -42,13 +42,13 @@ not edit it. This page: Transformers {versions["transformers"]}, torch {versions
 
 Each type is a tiny random model, with inputs for every tower that its forward runs. The checks: every module that
 computes attention is found; at identity the patched model's outputs are the stock model's, bit for bit in float32 under
-eager, to rounding in the default backend, and so is what it generates; a training step in bfloat16 autocast with
-gradient checkpointing and without a cache errs no more than the stock model's; random scalars change the outputs; the
-backends agree; no output sees a later token where the stock model's does not; every scalar that matters gets a
-gradient; saved, loaded by its Auto class and saved again, files and outputs are the same; a head's checkpoint loads as
-the base and the other way round; generation gives the same tokens with a dynamic cache, a static one and none, and the
-last logits alone are those among all; unpatched, the stock model is back. A check does not apply where the stock model
-cannot do the same.
+eager, to rounding in the default backend, and so is what it generates; a training step in bfloat16 autocast (in
+float16, too, where it generates) with gradient checkpointing and without a cache errs no more than the stock model's;
+random scalars change the outputs; the backends agree; no output sees a later token where the stock model's does not;
+every scalar that matters gets a gradient; saved, loaded by its Auto class and saved again, files and outputs are the
+same; a head's checkpoint loads as the base and the other way round; generation gives the same tokens with a dynamic
+cache, a static one and none, and the last logits alone are those among all; unpatched, the stock model is back. A check
+does not apply where the stock model cannot do the same.
 
 {"".join(sections)}"""
 
@@ -115,8 +115,9 @@ def _failed(row: Row) -> tuple[str, ...]:
 
 
 def _refused(row: Row) -> tuple[str, ...]:
-    outside = ", ".join(f"`{name}`" for name in row["outside"])
-    return f"`{row['type']}`", f"`{row['class']}`", outside or f"nothing that runs; {row['sentence'][:160]}"
+    why = row["sentence"].partition(") has attention that cannot be replaced and would stay SoftMax (")[2]
+    why = why.partition("). ")[0] or row["sentence"].partition("has no attention layer: ")[2]
+    return f"`{row['type']}`", f"`{row['class']}`", why
 
 
 def _plain(row: Row) -> tuple[str, ...]:

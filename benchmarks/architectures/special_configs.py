@@ -223,6 +223,7 @@ CONFIGS = {
     "minicpmv4_7": _MINICPM,
     "minicpmv4_7_vision": {"insert_layer_id": 0},
     "mllama_vision_model": {"intermediate_layers_indices": [0], "vision_output_dim": 128},
+    "mobilevit": {"image_size": 128, "initializer_range": 0.3},
     "mobilevitv2": {"image_size": 64},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "molmo2_vision": {"image_size": [32, 32], "num_position_embeddings": 16},
@@ -240,6 +241,7 @@ CONFIGS = {
         "scale_factor_list": [1, 2, 4, 8],
         "kernel_list": [3, 2, 2],
     },
+    "pvt_v2": {"image_size": 128},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 121, "vision_end_token_id": 122},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 121, "vision_end_token_id": 122},
     "qwen4_exp_text": {

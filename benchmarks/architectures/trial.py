@@ -74,10 +74,17 @@ class Trial:
             self.labels = False
 
     def _labels(self) -> dict[str, Tensor]:
-        return {"labels": self.batch.get("decoder_input_ids", self.batch["input_ids"])}
+        labels = self.batch.get("decoder_input_ids", self.batch["input_ids"])
+        mask = self.batch.get("attention_mask")
+        if mask is not None and mask.shape == labels.shape:  # what padding attends to is nobody's concern
+            labels = labels.masked_fill(mask == 0, -100)
+        return {"labels": labels}
 
-    def training_step(self, bf16: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The loss and the gradients of the stock parameters, in training mode, checkpointed and without a cache."""
+    def training_step(self, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The loss and the gradients of the stock parameters, in training mode, checkpointed and without a cache.
+
+        ``dtype`` is autocast's.
+        """
         model = self.model
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # of batch norms and codebooks
         no_cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
@@ -86,7 +93,7 @@ class Trial:
         if model.supports_gradient_checkpointing:
             model.gradient_checkpointing_enable()
         try:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                 loss = step.loss()
             loss.backward()
             found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -141,7 +148,11 @@ class Trial:
         model = self.model
         if not model.can_generate():
             raise NotApplicable("it does not generate")
-        batch = {name: value for name, value in self.batch.items() if name not in ("decoder_input_ids", "use_cache")}
+        batch = {
+            name: value.clone() if isinstance(value, Tensor) else value  # BLIP writes into them
+            for name, value in self.batch.items()
+            if name not in ("decoder_input_ids", "use_cache")
+        }
         if "attention_mask" in batch:  # generation continues texts at their ends
             batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
         torch.manual_seed(3)
@@ -155,7 +166,13 @@ class Trial:
             **options,
             suppress_tokens=special_tokens(model.config, of="image|video|audio|vision") or None,
         )
+        if options.get("output_logits"):
+            return torch.stack(out.logits)
         return out if isinstance(out, Tensor) else next(iter(floats(out) or [out.sequences]))
+
+    def logits_of_generation(self, **options: Any) -> Tensor:
+        """The logits of every step of :meth:`generate` with a cache."""
+        return self.generate(use_cache=True, return_dict_in_generate=True, output_logits=True, **options)
 
     def change(self, parameters: list[Tensor]) -> float:
         """How much other values of these parameters, which are put back, change the outputs."""

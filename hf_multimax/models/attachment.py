@@ -1,7 +1,8 @@
 """What a patch changes, all of it or none, and the way back.
 
 Of the model: its class; each attention layer's ``multimax`` (a normalizer, or None for a layer left at SoftMax) and
-``_multimax_always_masked``; the class of a layer outside Transformers' AttentionInterface; ``multimax_output``;
+``_multimax_always_masked``; the class of a layer outside Transformers' AttentionInterface, and of a module that
+replaces such a layer while it runs; ``multimax_output``;
 ``_no_split_modules``, ``_keep_in_fp32_modules_strict`` and ``_keys_to_ignore_on_save``; and ``_multimax_stock``, what
 the last three and the attention implementations were.
 Of its configs, which are first copied, as other models may hold them: their classes, the attention implementation, the
@@ -25,6 +26,7 @@ from hf_multimax.models.generated import stock_of
 from hf_multimax.models.masks import ADDITIVE, mask_kinds, owner_of
 from hf_multimax.models.output import check_output_supported
 from hf_multimax.models.outside import OutsideMixin, outside_class
+from hf_multimax.models.switching import SwitchingMixin, switching_class, switching_modules
 from hf_multimax.modulator import Normalizer
 from hf_multimax.normalizers import build_normalizer, get_normalizer
 
@@ -58,6 +60,10 @@ def attach(
     output = _output_modulator(model, config) if config.output else None
     layers = attention_layers(model) if config.attention else {}
     answering = {name: outside_class(stock_of(type(layer))) for name, layer in selected.outside.items()}
+    switching = {
+        module: switching_class(stock_of(type(module)))
+        for module in switching_modules(model, selected.outside.values())
+    }
     kinds = mask_kinds(model, layers, selected.outside)
     masked = {name: kinds.get(id(owner_of(model, name).config)) == ADDITIVE for name in layers}
     copies = _copies_of_configs(model)
@@ -87,6 +93,8 @@ def attach(
     for name, layer in selected.outside.items():
         changes.set(layer, "multimax", normalizers[name])
         changes.set(layer, "__class__", answering[name])
+    for module, cls in switching.items():
+        changes.set(module, "__class__", cls)
     if output is not None:
         changes.set(model, "multimax_output", output)
     changes.set(model, "_multimax_stock", {"implementations": implementations, "attributes": stock})
@@ -111,6 +119,8 @@ def detach(model: PreTrainedModel, changes: Changes) -> None:
     for layer in [module for module in model.modules() if isinstance(module, OutsideMixin)]:
         changes.set(layer, "__class__", stock_of(type(layer)))
         changes.delete(layer, "multimax")
+    for module in [module for module in model.modules() if isinstance(module, SwitchingMixin)]:
+        changes.set(module, "__class__", stock_of(type(module)))
     configs = [value for module in model.modules() for value in vars(module).values()]
     for config in {id(value): value for value in configs if isinstance(value, MultiMaxConfigMixin)}.values():
         changes.set(config, "__class__", stock_of(type(config)))

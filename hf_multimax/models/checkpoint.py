@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ __all__ = [
     "disk_form",
     "implementation_refused",
     "is_multimax_key",
+    "loading_info",
     "naming_damaged_weights",
     "native_form",
     "stored_config",
+    "tell_loading_info",
     "weights_path",
 ]
 
@@ -133,7 +136,7 @@ def check_values(values: dict[str, Any], within: str = "") -> None:
             # lists of layers may count from the last one
             sizes = [value] if not isinstance(value, list) else [] if key.endswith("layers") else value
             # some limits and chunks are -1 in Transformers' own defaults, for none
-            none_is_allowed = key.startswith("max_") or key == "chunk_size"
+            none_is_allowed = key.startswith("max_") or key in ("chunk_size", "num_images")
             at_least = 1 if key in _CANNOT_BE_ZERO else -1 if none_is_allowed else 0
             at_most = _MOST_BUILT if _BUILT.fullmatch(key) else _LARGEST
             for size in sizes:
@@ -229,6 +232,31 @@ def stored_config(cls: type[PreTrainedModel], path: Any, kwargs: dict[str, Any])
         return cls.config_class.get_config_dict(path, **{k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs})[0]
     except OSError:
         return {}  # weights without a config: the caller gave one
+
+
+#: What the loading of a class of ours, whose own code may look at its result, is to be told about.
+_LOADING: ContextVar[tuple[type, dict[str, Any]] | None] = ContextVar("_LOADING", default=None)
+
+
+@contextlib.contextmanager
+def loading_info(cls: type[PreTrainedModel]) -> Iterator[dict[str, Any]]:
+    """A dictionary that is filled with the loading info of the model of ``cls`` that is loaded inside.
+
+    The class's own ``from_pretrained`` may work on the model, so that it cannot be asked for a pair.
+    """
+    info: dict[str, Any] = {}
+    token = _LOADING.set((cls, info))
+    try:
+        yield info
+    finally:
+        _LOADING.reset(token)
+
+
+def tell_loading_info(cls: type[PreTrainedModel], info: dict[str, Any]) -> None:
+    """Hand what Transformers says about a loaded model to whoever waits for it."""
+    waiting = _LOADING.get()
+    if waiting is not None and waiting[0] is cls:
+        waiting[1].update(info)
 
 
 def check_loaded(

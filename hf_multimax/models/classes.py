@@ -25,6 +25,7 @@ from hf_multimax.models.checkpoint import (
     check_loaded,
     check_safetensors,
     is_multimax_key,
+    loading_info,
     naming_damaged_weights,
     native_form,
     stored_config,
@@ -170,13 +171,12 @@ class MultiMaxMixin:
         check_safetensors(weights, stored, kwargs)
         if isinstance(config, PreTrainedConfig) and not isinstance(config, MultiMaxConfigMixin):
             config = _with_entry(cls, config, stored)
-        with naming_damaged_weights(weights, kwargs):
-            model, info = super().from_pretrained(
+        with naming_damaged_weights(weights, kwargs), loading_info(cls) as info:
+            model = super().from_pretrained(
                 pretrained_model_name_or_path,
                 *args,
                 config=config,
                 ignore_mismatched_sizes=True,  # reported below, with the keys' names
-                output_loading_info=True,
                 **kwargs,
             )
         check_loaded(model, info, stored, ignore_mismatched_sizes)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.models.exceptions import (
+    ATTENTION_BY_NAME,
     HANDLED_KEYWORDS,
     HEAD_COUNT_ATTRIBUTES,
     IRRELEVANT_KEYWORDS,
@@ -158,7 +159,11 @@ def _uses_interface(cls: type) -> bool:
 @functools.cache
 def _computes_attention(cls: type) -> bool:
     """Whether a class is called attention and computes a softmax, in a method or a function beside it."""
-    return bool(_NAME.search(cls.__name__)) and not _uses_interface(cls) and _computes_softmax(cls)
+    return _is_called_attention(cls) and not _uses_interface(cls) and _computes_softmax(cls)
+
+
+def _is_called_attention(cls: type) -> bool:
+    return cls.__name__ in ATTENTION_BY_NAME or bool(_NAME.search(cls.__name__))
 
 
 @functools.cache
@@ -176,9 +181,10 @@ def _computes_softmax(cls: type) -> bool:
 
 
 def methods(cls: type) -> Iterator[FunctionType]:
-    """The functions of a class and of those it is derived from, PyTorch's not included."""
+    """The functions of a class and of those it is derived from, what all modules and models share not included."""
     for base in cls.__mro__:
-        if not base.__module__.startswith("torch.") and base is not object:
+        shared = base.__module__.startswith("transformers.") and not base.__module__.startswith("transformers.models.")
+        if not (shared or base.__module__.startswith("torch.") or base is object):
             for value in vars(base).values():
                 function = inspect.unwrap(value) if callable(value) else None
                 if isinstance(function, FunctionType):
@@ -186,7 +192,10 @@ def methods(cls: type) -> Iterator[FunctionType]:
 
 
 def _what_else(model: nn.Module) -> str:
-    """Of a model in which no attention was found: where a softmax is computed, or what it is made of."""
+    """Of a model in which no attention was found: what is called so or computes a softmax, or what it is made of."""
+    called = {name: type(m).__name__ for name, m in model.named_modules() if _is_called_attention(stock_of(type(m)))}
+    if called:
+        return f"{_listing(called)} ({_listing(_unique(called))}) compute no softmax over keys that could be replaced"
     softmax = [name or type(model).__name__ for name, m in model.named_modules() if _computes_softmax(type(m))]
     if softmax:
         return f"a softmax is computed in {_listing(softmax)}, which is none by its name"

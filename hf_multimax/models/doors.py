@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
 from hf_multimax.attention import IMPLEMENTATION
-from hf_multimax.models.checkpoint import MODEL_TYPE, is_multimax_key
+from hf_multimax.models.checkpoint import MODEL_TYPE, is_multimax_key, tell_loading_info
 from hf_multimax.models.classes import MultiMaxMixin, is_patched, registered_model_class
 from hf_multimax.models.configs import MultiMaxConfigMixin, is_multimax_config, parts_of
 from hf_multimax.models.loader_file import write_loader
@@ -50,7 +50,9 @@ def _loading(stock: Any) -> Any:
     ) -> Any:
         path = pretrained_model_name_or_path
         if issubclass(cls, MultiMaxMixin):
-            return stock(cls, path, *args, config=config, **kwargs)
+            model, info = stock(cls, path, *args, config=config, **{**kwargs, "output_loading_info": True})
+            tell_loading_info(cls, info)
+            return (model, info) if kwargs.get("output_loading_info") else model
         given = isinstance(config, PreTrainedConfig)
         if is_multimax_config(config) or (not given and _is_ours(config or path, kwargs)):
             return registered_model_class(cls).from_pretrained(path, *args, config=config, **kwargs)

@@ -17,6 +17,12 @@ IRRELEVANT_KEYWORDS = frozenset(
 #: Where attention layers, or else their config, keep the number of query heads.
 HEAD_COUNT_ATTRIBUTES = ("num_heads", "n_heads", "num_attention_heads", "n_head")
 
+#: Attention that is not called so.
+ATTENTION_BY_NAME = frozenset({"MgpstrA3Module"})
+
+#: Attention that computes nothing where the inputs that it looks at are absent.
+MAY_REST = frozenset({"EvollaSequenceAlignerCrossAttention"})
+
 #: Attention outside the interface whose result the class computes but does not use.
 UNUSED_ATTENTION = {"SiglipForImageClassification": frozenset({"vision_model.head.attention"})}
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-import deepspeed
-import torch
-
-# what this process group needs exists already: DeepSpeed looks for its communication extension, which is not built
 os.environ["DS_ACCELERATOR"] = "cpu"
-deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
 
 from distributed import trainers  # noqa: E402
+
+deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 folder, path, autocast = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "autocast"
 config = json.loads(path.read_text())
