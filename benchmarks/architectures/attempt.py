@@ -80,7 +80,8 @@ def _run_stock(trial: Trial) -> None:
     stock["generated"] = _or_error(lambda: tuple(trial.generate(use_cache=cache) for cache in (True, False)))
     stock["static"] = _or_error(lambda: _logits_pair(trial))
     stock["last logits"] = _or_error(trial.last_logits)
-    stock["training"] = {dtype: _or_error(functools.partial(trial.training_step, dtype)) for dtype in TYPES}
+    types = TYPES if model.can_generate() else TYPES[:-1]  # float16 is slow on a CPU
+    stock["training"] = {dtype: _or_error(functools.partial(trial.training_step, dtype)) for dtype in types}
     stock["noise"] = max(stock["noise"], difference(trial.run(), stock["outputs"]))
     stock["class"], stock["config"] = type(model), model.config.to_dict()
     stock["state"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -119,10 +120,9 @@ def _patch(trial: Trial) -> bool:
     try:
         patch_model(model)
     except ValueError as error:
-        outside = _outside(stock["sites"])
         row["sentence"] = plain(str(error))
         modules = [name.removeprefix(f"{model.base_model_prefix}.") for name, _ in model.named_modules()]
-        row["names the place"] = any(name in str(error) for name in modules if "." in name) if outside else None
+        row["names the place"] = any(name in str(error) for name in modules if "." in name)
         same = type(model) is stock["class"] and not is_patched(model) and not multimax_parameters(model)
         same = same and difference(trial.run(), stock["outputs"]) <= trial.noise
         row["checks"]["a refusal changes nothing"] = "passed" if same else "the model changed"
