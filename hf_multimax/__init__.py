@@ -11,15 +11,8 @@ from hf_multimax.functional import modulate, multimax
 from hf_multimax.kernels.cross_entropy import multimax_linear_cross_entropy
 from hf_multimax.models.classes import register_extension_points
 from hf_multimax.models.doors import open_doors
-from hf_multimax.models.patching import (
-    freeze_base,
-    is_patched,
-    multimax_parameters,
-    patch_model,
-    print_trainable_parameters,
-    unpatch_model,
-)
-from hf_multimax.modulator import MultiMax, Normalizer
+from hf_multimax.models.patching import freeze_base, patch_model, print_trainable_parameters, unpatch_model
+from hf_multimax.modulator import MultiMax, Normalizer, is_patched, multimax_parameters
 from hf_multimax.normalizers import (
     Learned,
     Option,

@@ -12,7 +12,7 @@ from transformers.utils import output_capturing
 
 from hf_multimax.backends import choose_kernel, current_backend, exporting, require_eager, tiles_are_slower
 from hf_multimax.functional import Affine, compute_dtype, masked_softmax, modulate
-from hf_multimax.kernels import differentiated_by_functions, tiled, without_autocast
+from hf_multimax.kernels import autocast_dtype, differentiated_by_functions, tiled, without_autocast
 from hf_multimax.modulator import MultiMax, Normalizer, normalizers_by_row, on_its_device
 
 __all__ = ["IMPLEMENTATION", "attention_forward", "multimax_attention", "scaled_dot_product_multimax"]
@@ -301,10 +301,9 @@ def _as_autocast_wants(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     Rotary models hand q and k in float32 and v in autocast's type; SDPA, which is on autocast's list, casts them.
     Inside, autocast would round what the kernels keep in float32.
     """
-    device = q.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    dtype = autocast_dtype(q.device)
+    if dtype is None:
         return q, k, v, contextlib.nullcontext()
-    dtype = torch.get_autocast_dtype(device)
     q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     return q, k, v, without_autocast(q.device)
 

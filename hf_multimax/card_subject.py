@@ -8,9 +8,15 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_multimax.config import MultiMaxConfig
-from hf_multimax.models.classes import is_patched
-from hf_multimax.models.patching import multimax_parameters
-from hf_multimax.modulator import MultiMax, Normalizer, named_normalizers, on_its_device, whole
+from hf_multimax.modulator import (
+    MultiMax,
+    Normalizer,
+    is_patched,
+    multimax_parameters,
+    named_normalizers,
+    on_its_device,
+    whole,
+)
 from hf_multimax.normalizers import get_normalizer, registered_normalizers
 from hf_multimax.results import MEASURES, Arm, Results, one_line
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_multimax.cards import layer_modulators, model_card
-from hf_multimax.models.classes import is_patched
+from hf_multimax.modulator import is_patched
 from hf_multimax.plots import plot_modulators
 from hf_multimax.version import __version__
 

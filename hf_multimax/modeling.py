@@ -9,11 +9,11 @@ from hf_multimax.models.checkpoint import PREFIX
 from hf_multimax.models.classes import (
     MultiMaxAutoConfig,
     MultiMaxMixin,
-    is_patched,
     registered_config_class,
     registered_model_class,
 )
 from hf_multimax.models.configs import MultiMaxConfigMixin
+from hf_multimax.modulator import is_patched
 
 __all__ = ["MultiMaxAutoConfig", "MultiMaxConfigMixin", "MultiMaxMixin", "is_patched"]
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_multimax.functional import compute_dtype, masked_softmax, modulate
 
-__all__ = ["MultiMax", "Normalizer"]
+__all__ = ["MultiMax", "Normalizer", "Patched", "is_patched", "multimax_parameters"]
 
 
 class Normalizer(nn.LayerNorm):
@@ -62,6 +62,29 @@ class Normalizer(nn.LayerNorm):
             return tensor.to(moved.device)  # only the change of type is undone, and nothing is rounded on the way
 
         return super()._apply(keep_float32, recurse)
+
+
+class Patched:
+    """What every MultiMax model is an instance of."""
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether ``model`` is a MultiMax model: patched by ``patch_model``, or loaded from a MultiMax checkpoint."""
+    return isinstance(model, Patched)
+
+
+def multimax_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of every normalizer in ``model``, by name, e.g. ``transformer.h.0.attn.multimax.ts``.
+
+    Works on wrapped models, too (PEFT, DDP), whose names then have the wrapper's prefix.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, got {type(model).__name__}")
+    ours = {id(p) for module in model.modules() if isinstance(module, Normalizer) for p in module.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ours}
 
 
 class MultiMax(Normalizer):

@@ -32,8 +32,7 @@ from transformers import (
 from hf_multimax.cards import layer_modulators, model_card
 from hf_multimax.diagnostics import attention_statistics
 from hf_multimax.models.loader_file import write_loader
-from hf_multimax.models.patching import is_patched, multimax_parameters
-from hf_multimax.modulator import named_normalizers, whole
+from hf_multimax.modulator import is_patched, multimax_parameters, named_normalizers, whole
 
 __all__ = [
     "MultiMaxArgumentsMixin",

@@ -93,7 +93,7 @@ def test_a_training_step_is_stocks_within_the_types_rounding(name, dtype):
     loss, gradients = trained(patch_model(zoo_model(name)), batch, dtype)
     digits = 16
     if not math.isfinite(stock[0]):  # LongT5's own float16
-        stock, digits = exact, 32
+        stock, digits = exact, 64
     assert abs(loss - exact[0]) <= 4 * abs(stock[0] - exact[0]) + 4 * RELATIVE[dtype] * abs(exact[0])
     for key in stock[1]:
         errors = [relative_error(x[key], exact[1][key]) for x in (gradients, stock[1])]

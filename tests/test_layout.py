@@ -26,19 +26,19 @@ ORDER = (
     "backend_choice",
     "backends",
     "attention",
-    "models",
-    "modeling",
-    "distributed",
-    "peft",
     "results",
     "card_subject",
     "card_tables",
     "cards",
+    "plots",
+    "hub",
+    "models",
+    "modeling",
+    "distributed",
+    "peft",
     "convert",
     "annealing",
     "diagnostics",
-    "plots",
-    "hub",
     "training",
     "__init__",
 )
@@ -49,7 +49,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """The top-level modules of this package that a file imports anywhere."""
+    """The top-level modules of this package that a file imports anywhere, inside functions, too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -57,6 +57,9 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "hf_multimax":
             rest = node.module.split(".")[1:]
             found |= {rest[0]} if rest else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = (alias.name.split(".") for alias in node.names)
+            found |= {name[1] for name in names if name[0] == "hf_multimax" and len(name) > 1}
     return found
 
 

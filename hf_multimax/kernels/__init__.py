@@ -19,10 +19,25 @@ def differentiated_by_functions() -> bool:
     return any(level.key() != _functorch.TransformType.Vmap for level in _functorch.get_interpreter_stack() or ())
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in on that device; None where it is off."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else None
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off on that device: it would round what is computed in float32. A backward pass may run in it, too."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
+
+
+#: Known beforehand, for PyTorch 2.11 cannot ask in compiled code.
+_WITH_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
+)
+
+
+def _has_autocast(kind: str) -> bool:
+    return kind in _WITH_AUTOCAST or not torch.compiler.is_compiling() and torch.amp.is_autocast_available(kind)
 
 
 def refuse_second_derivative(backend: str) -> None:

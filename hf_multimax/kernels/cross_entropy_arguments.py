@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from . import autocast_dtype
+
 __all__ = ["Affine", "check_modulator", "check_options", "check_tensors", "matmul_dtype"]
 
 Affine = tuple[Tensor, Tensor]
@@ -103,9 +105,9 @@ def _is_number(value: object) -> bool:
 
 def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The type of the matrix products: autocast's where it acts, else that of ``hidden`` and ``weight``."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype):
-        return torch.get_autocast_dtype(kind)
+    autocast = autocast_dtype(hidden.device)
+    if autocast is not None and torch.float64 not in (hidden.dtype, weight.dtype):
+        return autocast
     if hidden.dtype != weight.dtype:
         raise TypeError(f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}; cast one or use autocast")
     return hidden.dtype

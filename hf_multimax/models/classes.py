@@ -42,13 +42,12 @@ from hf_multimax.models.loader_file import write_loader
 from hf_multimax.models.masks import attention_mask
 from hf_multimax.models.output import modulated_forward
 from hf_multimax.models.replacement import check_replacement
-from hf_multimax.modulator import Normalizer
+from hf_multimax.modulator import Normalizer, Patched
 from hf_multimax.normalizers import build_normalizer
 
 __all__ = [
     "MultiMaxAutoConfig",
     "MultiMaxMixin",
-    "is_patched",
     "register_extension_points",
     "registered_config_class",
     "registered_model_class",
@@ -66,12 +65,7 @@ _PUSH_ARGUMENTS = (
 )
 
 
-def is_patched(model: nn.Module) -> bool:
-    """Whether ``model`` is a MultiMax model: patched by ``patch_model``, or loaded from a MultiMax checkpoint."""
-    return isinstance(model, MultiMaxMixin)
-
-
-class MultiMaxMixin:
+class MultiMaxMixin(Patched):
     """What a generated model class adds to the stock one: construction, guards, loading and saving."""
 
     stock_class: ClassVar[type[PreTrainedModel]]

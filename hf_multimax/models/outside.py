@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from hf_multimax.attention import scaled_dot_product_multimax
 from hf_multimax.functional import compute_dtype
+from hf_multimax.kernels import autocast_dtype
 from hf_multimax.models.exceptions import MAY_REST
 from hf_multimax.models.generated import make_class
 from hf_multimax.modulator import Normalizer, normalizers_by_row, on_its_device
@@ -135,9 +136,7 @@ class _Answers(TorchFunctionMode):
 
 def _type_of_softmax(x: Tensor) -> torch.dtype:
     """The type of ``x.softmax(-1)``, which autocast computes in float32."""
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return compute_dtype(x.dtype) if autocast else x.dtype
+    return x.dtype if autocast_dtype(x.device) is None else compute_dtype(x.dtype)
 
 
 #: The same function without its question whether somebody overrides it, which would lead back here.

@@ -11,16 +11,14 @@ from transformers import PreTrainedModel
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.models.attachment import attach, detach
 from hf_multimax.models.changes import Changes
-from hf_multimax.models.classes import is_patched, registered_model_class
+from hf_multimax.models.classes import registered_model_class
 from hf_multimax.models.discovery import find_layers
 from hf_multimax.models.divergence import watch
 from hf_multimax.models.doors import patched_parts
-from hf_multimax.modulator import Normalizer, named_normalizers
+from hf_multimax.modulator import Normalizer, is_patched, multimax_parameters, named_normalizers
 
 __all__ = [
     "freeze_base",
-    "is_patched",
-    "multimax_parameters",
     "patch_model",
     "print_trainable_parameters",
     "unpatch_model",
@@ -147,20 +145,6 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     with Changes() as changes:
         detach(model, changes)
     return model
-
-
-def multimax_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of every normalizer in ``model``, by name, e.g. ``transformer.h.0.attn.multimax.ts``.
-
-    Works on wrapped models, too (PEFT, DDP), whose names then have the wrapper's prefix.
-
-    Raises:
-        TypeError: if ``model`` is no module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a model, got {type(model).__name__}")
-    ours = {id(p) for module in model.modules() if isinstance(module, Normalizer) for p in module.parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ours}
 
 
 def freeze_base(model: nn.Module) -> nn.Module:
