@@ -13,7 +13,8 @@ from scipy import stats
 from hf_multimax import is_patched
 from hf_multimax.results import Results
 from recipes import compare, language_modeling
-from recipes.data import DataError, load_text
+from recipes.shared.checks import DataError
+from recipes.shared.data.text import load_text
 
 
 def plan_file(folder, **values):
