@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from hf_multimax.results import Results
 from recipes.shared.checks import DataError, check_numbers
 from recipes.shared.curves import draw_curves
-from recipes.shared.record import RESULTS, read_yaml, recorded_config, write_json
+from recipes.shared.record import RESULTS, over_seeds, read_yaml, recorded_config, write_json
 from recipes.shared.table import columns, comparison_rows
 
 COMPARISON = "comparison.json"
@@ -308,12 +308,9 @@ def figures(results: dict[str, Any]) -> dict[str, float]:
 
 def summarize(by_seed: dict[int, dict[str, float]]) -> dict[str, dict[str, Any]]:
     """Mean, standard deviation (None for one seed) and number of seeds of each figure."""
-    summary = {}
-    for name in dict.fromkeys(name for numbers in by_seed.values() for name in numbers):
-        values = [numbers[name] for numbers in by_seed.values() if name in numbers]
-        std = statistics.stdev(values) if len(values) > 1 else None
-        summary[name] = {"mean": statistics.fmean(values), "std": std, "n": len(values)}
-    return summary
+    names = dict.fromkeys(name for numbers in by_seed.values() for name in numbers)
+    values = {name: [numbers[name] for numbers in by_seed.values() if name in numbers] for name in names}
+    return {name: asdict(over_seeds(of_name)) for name, of_name in values.items()}
 
 
 def pair(arm: dict[int, dict[str, float]], reference: dict[int, dict[str, float]]) -> dict[str, dict[str, Any]]:

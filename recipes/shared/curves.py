@@ -1,9 +1,10 @@
 """Learning curves of a comparison."""
 
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from recipes.shared.record import over_seeds
 
 _COLORS = ("0.35", "C3", "C1", "C0", "C2", "C4", "C5", "C6", "C8", "C9")
 
@@ -31,11 +32,10 @@ def draw_curves(comparison: Mapping[str, Any], path: Path, metadata: Mapping[str
     axes = figure.subplots()
     for color, (arm, of_arm) in zip(_COLORS * len(runs), runs.items()):
         points = _curve(of_arm, key)
-        steps, means = list(points), [statistics.fmean(values) for values in points.values()]
-        spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
-        axes.plot(steps, means, color=color, linewidth=1.2, label=arm)
-        low, high = ([m + sign * s for m, s in zip(means, spreads)] for sign in (-1, 1))
-        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+        figures = [over_seeds(values) for values in points.values()]
+        axes.plot(list(points), [f.mean for f in figures], color=color, linewidth=1.2, label=arm)
+        low, high = ([f.mean + sign * (f.std or 0.0) for f in figures] for sign in (-1, 1))
+        axes.fill_between(list(points), low, high, color=color, alpha=0.15, linewidth=0)
     seeds = sorted({run["seed"] for of_arm in runs.values() for run in of_arm})
     title = f"{comparison['data']['name']}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
     axes.set(xlabel="step", ylabel="evaluation loss" if evaluated else "training loss")

@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import hf_multimax
 from hf_multimax import is_patched, multimax_parameters
 from hf_multimax.cards import layer_modulators
 from hf_multimax.diagnostics import attention_statistics
+from hf_multimax.results import Figure
 from recipes.shared.checks import DataError
 from recipes.shared.table import columns
 
@@ -121,13 +123,17 @@ def typical(seconds: list[float]) -> float | None:
     return statistics.median(seconds[min(5, len(seconds) // 2) :]) if seconds else None
 
 
+def over_seeds(values: Sequence[float]) -> Figure:
+    """A figure by its values; one seed has no deviation."""
+    return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
 def layer_figures(trainer: Trainer, batches: int = 2) -> dict[str, dict[str, Any]]:
     """The measures and scalars of every attention layer, on the first evaluation batches of this process."""
     figures: dict[str, dict[str, Any]] = {}
     try:
-        for layer, measures in attention_statistics(
-            trainer.model, itertools.islice(trainer.get_eval_dataloader(), batches)
-        ).items():
+        chosen = itertools.islice(trainer.get_eval_dataloader(), batches)
+        for layer, measures in attention_statistics(trainer.model, chosen).items():
             figures[layer] = {name: measure.value for name, measure in measures.items()}
     except ValueError as error:  # MultiMax in the output only, or a stock model beyond the attention interface
         logger.info(f"no measures of attention: {error}")
