@@ -135,9 +135,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """All of it; writes demo.json."""
     start = time.perf_counter()
-    folder = options.output
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / RESULTS).exists())):
-        raise DataError(f"--output {folder} exists and is not from an earlier demo: choose another folder")
+    check_output(options.output)
     text = load_text(options.data)
     model, tokenizer = load_checkpoint(options.model) if options.model else new_checkpoint(text, options)
     data = split(encode(tokenizer, text), model, options)
@@ -171,12 +169,24 @@ def run(options: argparse.Namespace) -> None:
     print_table(results)
     machine = environment(torch.device("cpu"))
     results |= {**machine, "threads": machine["machine"]["threads"]}
+    save(model, tokenizer, data, results, options.output, start)
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    results: dict[str, Any],
+    folder: Path,
+    start: float,
+) -> None:
+    """Save, load in a new process, compare; the folder appears when all of it is there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as partial_:
-        staging = Path(partial_) / "model"
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging_area:
+        staging = Path(staging_area) / "model"
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        results["reload"] = reload = in_new_process(staging, Path(partial_) / "exchange", model, data.held_out[:2])
+        results["reload"] = reload = in_new_process(staging, Path(staging_area) / "exchange", model, data.held_out[:2])
         results["seconds"] = time.perf_counter() - start
         write_json(staging / RESULTS, results)
         if folder.exists():
@@ -189,6 +199,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 # -- the checkpoint and its data ---------------------------------------------------------------------------------------
+
+
+def check_output(folder: Path) -> None:
+    """Only an earlier demo may be overwritten."""
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / RESULTS).exists())):
+        raise DataError(f"--output {folder} exists and is not from an earlier demo: choose another folder")
 
 
 def new_checkpoint(text: str, options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

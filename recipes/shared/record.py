@@ -9,7 +9,6 @@ import platform
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -186,19 +185,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a file that is there as a whole or not at all."""
+def write_json(path: Path, values: Any) -> None:
+    """Write a file that is there as a whole or not at all; ValueError for NaN, which JSON does not have."""
+    text = json.dumps(values, indent=2, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=2, allow_nan=False)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def print_summary(results: dict[str, Any], headline: tuple[str, ...], folder: str) -> None:
