@@ -134,6 +134,7 @@ def make_job(
             "stochastic_depth": arguments.stochastic_depth,
         },
         headline=("accuracy", "top5_accuracy", "loss"),
+        metrics=("topk_accuracy",),
         source=options.model,
         # The models' own losses take no probabilities as labels.
         trainer_options={"compute_loss_func": image_loss, "compute_metrics": compute_metrics},

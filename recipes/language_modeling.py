@@ -123,6 +123,7 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
             "vocabulary": len(tokenizer),
         },
         headline=("perplexity", "byte_perplexity"),
+        metrics=("perplexity",),
         source=options.model,
     )
 

@@ -164,6 +164,7 @@ def make_job(
             "vocabulary": len(tokenizer),
         },
         headline=("bleu", "chrf", "perplexity"),
+        metrics=("translation", "perplexity"),
         source=model_options.model,
         trainer_class=TranslationTrainer,
         trainer_options={"compute_loss_func": SmoothedLoss(training.label_smoothing_factor)},

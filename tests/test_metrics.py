@@ -49,6 +49,24 @@ print(compute("perplexity", losses=[0.0], tokens=[3])["perplexity"])
     assert done.stdout.split() == ["1.0"], done.stderr
 
 
+def test_a_metric_that_does_not_load_is_said_before_training(tmp_path, monkeypatch):
+    from recipes import language_modeling
+    from recipes.shared import run
+
+    def broken(name):
+        raise OSError(f"{name} cannot be loaded")
+
+    (tmp_path / "text.txt").write_text("a line of text\n" * 400)
+    monkeypatch.setattr(run, "load_metric", broken)
+    monkeypatch.setattr(run, "run", lambda *_: pytest.fail("the training began"))
+    options = {"data": tmp_path / "text.txt", "vocab_size": 260, "context": 8, "output_dir": tmp_path / "out"}
+    options |= {"model_config": '{"n_layer": 1, "n_embd": 8, "n_head": 2}', "use_cpu": "true"}
+    with pytest.raises(SystemExit, match="error: perplexity cannot be loaded"):
+        language_modeling.main(
+            *language_modeling.RECIPE, [str(w) for name, value in options.items() for w in (f"--{name}", value)]
+        )
+
+
 def test_perplexity_weighs_every_token_alike():
     losses, tokens = [2.0, 1.0, 0.5], [30, 10, 2]
     results = compute("perplexity", losses=losses, tokens=tokens, num_bytes=100)

@@ -22,6 +22,7 @@ from hf_multimax import is_patched
 from hf_multimax.training import MultiMaxTrainer
 from recipes.shared import record
 from recipes.shared.checks import DataError, check_numbers
+from recipes.shared.metrics import load_metric
 from recipes.shared.record import RESULTS, read_yaml, recorded_config, write_json
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Job:
         trainer_class: a class made with MultiMaxTrainerMixin.
         trainer_options: more keyword arguments of it.
         headline: the metrics of the summary table, in their order.
+        metrics: the modules of ``recipes/metrics`` that are computed; they are loaded before anything is trained.
     """
 
     task: str
@@ -54,6 +56,7 @@ class Job:
     evaluate: Callable[[Trainer], dict[str, Any]]
     data: dict[str, Any]
     headline: tuple[str, ...]
+    metrics: tuple[str, ...]
     source: str | None = None
     trainer_class: type[Trainer] = MultiMaxTrainer
     trainer_options: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +92,8 @@ def main(
         folder = Path(training.output_dir)
         set_seed(training.seed)
         job = make_job(*parsed, training)
+        for metric in job.metrics:
+            load_metric(metric)
         trainer = build_trainer(job, training)
         check_options(folder, parsed, training)
     except Exception as error:
