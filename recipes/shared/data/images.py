@@ -145,10 +145,8 @@ def load_images(
     if path.exists() or is_path(source):
         raise DataError(f"there is no folder {source}")
     name, _, configuration = source.partition(":")
-    with reading_with_datasets(
-        f"{source} is neither {BUILT_IN} nor a folder, and cannot be read from the Hub"
-    ) as library:
-        splits = library.load_dataset(name, configuration or None)
+    with reading_with_datasets(f"{source} is neither {BUILT_IN} nor a folder, and cannot be read from the Hub"):
+        splits = datasets.load_dataset(name, configuration or None)
     train_name, held_out_name = _choose_splits(source, splits, train_split, validation_split)
     features = splits[train_name].features
     columns = (
@@ -218,7 +216,7 @@ def read_folder(folder: Path, classes: Sequence[str] | None = None) -> StoredIma
     Args:
         classes: the classes there may be; default: those of the folder.
     """
-    entries, labels, found = [], [], []
+    paths, labels, found = [], [], []
     for place in sorted(path for path in folder.absolute().iterdir() if path.is_dir()):
         files = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not files:
@@ -227,10 +225,12 @@ def read_folder(folder: Path, classes: Sequence[str] | None = None) -> StoredIma
             raise DataError(f"{place} is a class that the training images do not have: {_some(classes)}")
         found.append(place.name)
         labels += [(classes or found).index(place.name)] * len(files)
-        entries += [{"path": str(path), "bytes": None} for path in files]
+        paths += map(str, files)
     if not found:
         raise DataError(f"{folder} has no folder of images for each class: <class>/<image>{SUFFIXES[0]}")
-    return StoredImages(str(folder), classes or found, labels, entries)
+    return StoredImages(
+        str(folder), classes or found, labels, _undecoded(datasets.Dataset.from_dict({"i": paths}), "i")
+    )
 
 
 def _read_hub(
@@ -238,15 +238,20 @@ def _read_hub(
 ) -> StoredImages:
     """One split; labels are class labels, or any values of which each is a class."""
     image, label = columns
-    rows = rows.with_format(None).cast_column(image, datasets.Image(decode=False))
-    own, values = getattr(rows.features[label], "names", None), rows[label][:]
+    own, values = getattr(rows.features[label], "names", None), rows.with_format(None)[label][:]
     if own is None:
         own = classes or [str(value) for value in sorted({value for value in values if value is not None})]
         places = {value: place for place, value in enumerate(own)}
         values = [places.get(str(value)) for value in values]
     elif classes is not None and own != list(classes):
         raise DataError(f"the classes of {name} are not those of the training images: {_some(classes)}")
-    return StoredImages(name, own, [-1 if value is None else value for value in values], rows[image])
+    return StoredImages(name, own, [-1 if value is None else value for value in values], _undecoded(rows, image))
+
+
+def _undecoded(rows: datasets.Dataset, column: str) -> Sequence[dict[str, Any] | None]:
+    """A column of images as :class:`StoredImages` takes it; it stays in Arrow's memory, which processes share."""
+    rows = rows.with_format(None).select_columns(column)
+    return rows.cast_column(column, datasets.Image(decode=False))[column]
 
 
 def _choose_column(source: str, features: dict[str, Any], what: str, asked: str | None, kind: type) -> str:
