@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from scipy import stats
 from tqdm import tqdm
 
 from hf_multimax.results import Results
-from recipes.data import DataError
-from recipes.record import RESULTS, read_yaml, recorded_config, write_json
-from recipes.report import draw_curves
+from recipes.shared.checks import DataError, check_numbers
+from recipes.shared.curves import draw_curves
+from recipes.shared.record import RESULTS, over_seeds, read_yaml, recorded_config, write_json
+from recipes.shared.table import columns, comparison_rows
 
 COMPARISON = "comparison.json"
 #: The recipes, and the metrics of each that can decide.
@@ -96,8 +97,7 @@ class Plan:
             raise DataError(f"seeds must be different and at least one, got {self.seeds}")
         if self.budget not in ("steps", "time"):
             raise DataError(f"budget must be steps or time, got {self.budget!r}")
-        if self.processes < 1 or self.jobs < 1:
-            raise DataError("processes and jobs must be at least 1")
+        check_numbers(self, "[1, inf)", "processes", "jobs")
 
     @property
     def folder(self) -> Path:
@@ -308,68 +308,37 @@ def figures(results: dict[str, Any]) -> dict[str, float]:
 
 def summarize(by_seed: dict[int, dict[str, float]]) -> dict[str, dict[str, Any]]:
     """Mean, standard deviation (None for one seed) and number of seeds of each figure."""
-    columns: dict[str, list[float]] = {}
-    for numbers in by_seed.values():
-        for name, value in numbers.items():
-            columns.setdefault(name, []).append(value)
-    return {
-        name: {
-            "mean": statistics.fmean(values),
-            "std": statistics.stdev(values) if len(values) > 1 else None,
-            "n": len(values),
-        }
-        for name, values in columns.items()
-    }
+    names = dict.fromkeys(name for numbers in by_seed.values() for name in numbers)
+    values = {name: [numbers[name] for numbers in by_seed.values() if name in numbers] for name in names}
+    return {name: asdict(over_seeds(of_name)) for name, of_name in values.items()}
 
 
 def pair(arm: dict[int, dict[str, float]], reference: dict[int, dict[str, float]]) -> dict[str, dict[str, Any]]:
     """Arm minus reference, over the seeds that both have: mean, 95 % interval (Student's t), p of the paired t-test."""
     seeds = sorted(arm.keys() & reference.keys())
     names = [n for n in arm[seeds[0]] if all(n in arm[s] and n in reference[s] for s in seeds)] if seeds else []
-    return {name: _paired([arm[seed][name] - reference[seed][name] for seed in seeds]) for name in names}
+    return {name: _paired([arm[s][name] for s in seeds], [reference[s][name] for s in seeds]) for name in names}
 
 
-def _paired(differences: list[float]) -> dict[str, Any]:
+def _paired(ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    differences = [a - b for a, b in zip(ours, theirs)]
     n, mean = len(differences), statistics.fmean(differences)
     low = high = p = None
-    if n > 1:
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(differences) / n**0.5
-        low, high = mean - half, mean + half
-    if n >= SEEDS_FOR_P and statistics.stdev(differences) > 0:
-        p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    if n > 1 and len(set(differences)) == 1:  # without spread there is no test
+        low = high = mean
+    elif n > 1:
+        test = stats.ttest_rel(ours, theirs)
+        low, high = map(float, test.confidence_interval(CONFIDENCE))
+        p = float(test.pvalue) if n >= SEEDS_FOR_P else None
     return {"difference": mean, "low": low, "high": high, "n": n, "p": p}
 
 
-# -- showing -----------------------------------------------------------------------------------------------------------
-
-
 def print_table(comparison: dict[str, Any]) -> None:
-    metric, reference = comparison["metric"], comparison["reference"]
+    """The arms beside the reference, and what is missing."""
     results = Results(comparison)
-    rows = [("", metric, "difference", "95 % interval", "p", "step time", "memory", "seeds")]
-    for arm, summary in comparison["summary"].items():
-        if metric not in summary:
-            rows.append((arm, "-", "-", "-", "-", "-", "-", "0"))
-            continue
-        value, paired = summary[metric], comparison["paired"].get(arm, {}).get(metric)
-        rows.append(
-            (
-                arm,
-                f"{value['mean']:.4f}" + ("" if value["std"] is None else f" ± {value['std']:.4f}"),
-                f"{paired['difference']:+.4f}" if paired else "-",
-                f"{paired['low']:+.4f} to {paired['high']:+.4f}" if paired and paired["low"] is not None else "-",
-                f"{paired['p']:.3g}" if paired and paired["p"] is not None else "-",
-                results.ratio(arm, results.step_time),
-                results.ratio(arm, "peak_bytes"),
-                str(value["n"]),
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    print()
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     better = "Lower" if comparison["lower_is_better"] else "Higher"
-    print(f"\n{better} is better; step time and peak memory are multiples of {reference}'s.")
+    print(f"\n{columns(comparison_rows(results, results.has_p_values))}\n")
+    print(f"{better} is better; step time and peak memory are multiples of {comparison['reference']}'s.")
     for sentence in results.unfinished:
         print(sentence)
     if not comparison["complete"]:

@@ -11,7 +11,7 @@ pipelines make every image RGB).
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,26 +28,20 @@ from transformers import (
     Trainer,
     ViTImageProcessorPil,
 )
+from transformers.hf_argparser import HfArg
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from hf_multimax.models.discovery import attention_layers
 from hf_multimax.training import MultiMaxTrainingArguments
-from recipes.augmentation import AugmentationArguments
-from recipes.common import Job, main
-from recipes.data import DataError
-from recipes.images import (
-    MODES,
-    ArrayImages,
-    ImageBatches,
-    LabelledImages,
-    check_readable,
-    describe_augmentation,
-    describe_images,
-    load_images,
-    only,
-)
-from recipes.models import ModelArguments, build_model
+from recipes.shared.augmentation import AugmentationArguments
+from recipes.shared.checks import DataError, check_numbers
+from recipes.shared.data.image_batches import MODES, ImageBatches, only
+from recipes.shared.data.images import BUILT_IN, ArrayImages, LabelledImages, check_readable, load_images
+from recipes.shared.data.sources import describe
+from recipes.shared.metrics import compute
+from recipes.shared.models import ModelArguments, build_model
+from recipes.shared.run import Job, main
 
 logger = logging.getLogger(__name__)
 
@@ -67,39 +61,31 @@ DEFAULT_CONFIG = {
 class ImageArguments:
     """The images, and how the model sees them."""
 
-    data: str = field(
-        default="fashion-mnist",
-        metadata={"help": "fashion-mnist, a folder <split>/<class>/<image>, or a Hub set as name[:configuration]"},
+    data: str = HfArg(
+        default=BUILT_IN, help=f"{BUILT_IN}, a folder <split>/<class>/<image>, or a Hub set as name[:configuration]"
     )
-    train_split: str = field(default="train", metadata={"help": "name of the split to train on"})
-    validation_split: str | None = field(
-        default=None, metadata={"help": "of the held-out split; default: validation, val, valid or test"}
+    train_split: str = HfArg(default="train", help="name of the split to train on")
+    validation_split: str | None = HfArg(
+        default=None, help="of the held-out split; default: validation, val, valid or test"
     )
-    image_column: str | None = field(default=None, metadata={"help": "of a Hub set; default: its image column"})
-    label_column: str | None = field(default=None, metadata={"help": "of a Hub set; default: its class label column"})
-    max_train_images: int | None = field(default=None, metadata={"help": "train on a random choice of that many"})
-    max_eval_images: int | None = field(default=None, metadata={"help": "evaluate on a random choice of that many"})
-    check_images: bool = field(
-        default=True, metadata={"help": "decode every image once before training, to find those that cannot be read"}
+    image_column: str | None = HfArg(default=None, help="of a Hub set; default: its image column")
+    label_column: str | None = HfArg(default=None, help="of a Hub set; default: its class label column")
+    max_train_images: int | None = HfArg(default=None, help="train on a random choice of that many")
+    max_eval_images: int | None = HfArg(default=None, help="evaluate on a random choice of that many")
+    check_images: bool = HfArg(
+        default=True, help="decode every image once before training, to find those that cannot be read"
     )
-    eval_crop: float = field(
-        default=1.0,
-        metadata={"help": "pre-training: the share of a side that evaluation's centre crop keeps; 1: the whole image"},
+    eval_crop: float = HfArg(
+        default=1.0, help="pre-training: the share of a side that evaluation's centre crop keeps; 1: the whole image"
     )
-    stochastic_depth: float = field(
-        default=0.0,
-        metadata={"help": "probability to drop a residual branch of the last block; it grows linearly from 0"},
+    stochastic_depth: float = HfArg(
+        default=0.0, help="probability to drop a residual branch of the last block; it grows linearly from 0"
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.eval_crop <= 1:
-            raise DataError(f"--eval_crop must be more than 0 and at most 1, got {self.eval_crop}")
-        if not 0 <= self.stochastic_depth < 1:
-            raise DataError(f"--stochastic_depth must be at least 0 and less than 1, got {self.stochastic_depth}")
-        for name in ("max_train_images", "max_eval_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise DataError(f"--{name} must be positive, got {value}")
+        check_numbers(self, "(0, 1]", "eval_crop")
+        check_numbers(self, "[0, 1)", "stochastic_depth")
+        check_numbers(self, "(0, inf)", "max_train_images", "max_eval_images")
 
 
 def make_job(
@@ -138,16 +124,17 @@ def make_job(
         collator=only,
         evaluate=evaluate,
         data={
-            **describe_images(arguments.data),
+            **describe(arguments.data, (BUILT_IN,)),
             "training_examples": len(chosen[0]),
             "evaluation_examples": len(chosen[1]),
             "classes": len(train.classes),
             "image_size": size,
-            "augmentation": describe_augmentation(augmentation),
+            "augmentation": augmentation.chosen(),
             "label_smoothing": smoothing,
             "stochastic_depth": arguments.stochastic_depth,
         },
         headline=("accuracy", "top5_accuracy", "loss"),
+        metrics=("topk_accuracy",),
         source=options.model,
         # The models' own losses take no probabilities as labels.
         trainer_options={"compute_loss_func": image_loss, "compute_metrics": compute_metrics},
@@ -283,19 +270,21 @@ def add_stochastic_depth(model: PreTrainedModel, last_rate: float) -> None:
     """
     if not last_rate:
         return
-    attentions = list(attention_layers(model))
-    blocks = [model.get_submodule(name.rpartition(".")[0]) for name in attentions]
-    for number, (name, block) in enumerate(zip(attentions, blocks)):
-        mlp = getattr(block, "mlp", None)
-        if not isinstance(mlp, nn.Module):
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    branches = [
+        [child for name, child in block.named_children() if name == "mlp"]
+        + [child for child in block.children() if type(child).__name__.endswith("Attention")]
+        for block in blocks or [model]
+    ]
+    for block, found in zip(blocks or [model], branches):
+        if not (len(found) == 2 and found[0] is getattr(block, "mlp", None)):
             raise DataError(
-                f"--stochastic_depth knows blocks with an attention and an mlp (SigLIP, ViT, DeiT), but {name} of "
+                "--stochastic_depth knows blocks with an attention and an mlp (SigLIP, ViT, DeiT), but that of "
                 f"{type(model).__name__} is in a {type(block).__name__}"
             )
-        rate = last_rate * number / max(1, len(blocks) - 1)
-        if rate:
-            for branch in (model.get_submodule(name), mlp):
-                branch.register_forward_hook(_BranchDrop(rate))
+    for number, found in enumerate(branches[1:], 1):
+        for branch in found:
+            branch.register_forward_hook(_BranchDrop(last_rate * number / (len(branches) - 1)))
 
 
 class _BranchDrop:
@@ -334,19 +323,17 @@ def image_loss(outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Top-1 and top-5 accuracy in [0, 1] of logits ``[n, classes]``."""
-    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+    logits = torch.as_tensor(prediction.predictions)
     best = logits.topk(min(5, logits.shape[-1])).indices
-    hits = best == labels[:, None]
-    return {"accuracy": hits[:, 0].float().mean().item(), "top5_accuracy": hits.any(1).float().mean().item()}
+    return compute("topk_accuracy", predictions=best, references=prediction.label_ids)
 
 
 def evaluate(trainer: Trainer) -> dict[str, Any]:
     """Accuracies and loss over all held-out images."""
     prediction = trainer.predict(trainer.eval_dataset)
-    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
     # Trainer's own loss counts twice what fills up the last batch of several processes.
-    loss = cross_entropy(logits.float(), labels).item()
-    metrics = {**compute_metrics(EvalPrediction(logits, labels)), "loss": loss}
+    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+    metrics = {**compute_metrics(prediction), "loss": cross_entropy(logits.float(), labels).item()}
     trainer.log({f"eval_{name}": value for name, value in metrics.items()})
     return metrics
 

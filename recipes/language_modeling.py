@@ -8,7 +8,7 @@ Perplexity is exp of the mean loss over the held-out tokens, per token and per b
 of each window is not predicted.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,13 +23,17 @@ from transformers import (
     Trainer,
     default_data_collator,
 )
+from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_multimax.training import MultiMaxTrainingArguments
-from recipes.common import Job, main
-from recipes.data import BUILT_IN_TEXTS, DataError, describe_text, encode, load_text, train_tokenizer
-from recipes.models import ModelArguments, build_model
-from recipes.record import exp
+from recipes.shared.checks import DataError, check_numbers
+from recipes.shared.data.sources import describe
+from recipes.shared.data.text import BUILT_IN_TEXTS, load_text
+from recipes.shared.metrics import compute
+from recipes.shared.models import ModelArguments, build_model
+from recipes.shared.run import Job, main
+from recipes.shared.tokens import check_vocabulary, encode, train_tokenizer
 
 IGNORED = -100
 DEFAULT_CONFIG = {"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128}
@@ -39,37 +43,26 @@ DEFAULT_CONFIG = {"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128
 class TextArguments:
     """The text and its tokens."""
 
-    data: str = field(
+    data: str = HfArg(
         default="web",
-        metadata={
-            "help": f"{', '.join(BUILT_IN_TEXTS)}, a text file, a folder, or a Hub set as name[:configuration][@split]"
-        },
+        help=f"{', '.join(BUILT_IN_TEXTS)}, a text file, a folder, or a Hub set as name[:configuration][@split]",
     )
-    validation_data: str | None = field(
-        default=None, metadata={"help": "held-out text, given as data is; default: the end of the data"}
+    validation_data: str | None = HfArg(
+        default=None, help="held-out text, given as data is; default: the end of the data"
     )
-    validation_share: float = field(
-        default=0.05, metadata={"help": "of the data, held out at its end without validation_data"}
+    validation_share: float = HfArg(default=0.05, help="of the data, held out at its end without validation_data")
+    max_characters: int = HfArg(default=20_000_000, help="of a Hub data set, read at most")
+    tokenizer: str | None = HfArg(
+        default=None, help="folder or Hub id; default: the checkpoint's, or a BPE trained on the data"
     )
-    max_characters: int = field(default=20_000_000, metadata={"help": "of a Hub data set, read at most"})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "folder or Hub id; default: the checkpoint's, or a BPE trained on the data"}
-    )
-    vocab_size: int = field(default=4096, metadata={"help": "of a tokenizer trained here"})
-    context: int | None = field(
-        default=None, metadata={"help": "tokens in a window; default: what the model can see, at most 1024"}
-    )
-    max_eval_windows: int | None = field(default=None, metadata={"help": "held-out windows evaluated, at most"})
+    vocab_size: int = HfArg(default=4096, help="of a tokenizer trained here")
+    context: int | None = HfArg(default=None, help="tokens in a window; default: what the model can see, at most 1024")
+    max_eval_windows: int | None = HfArg(default=None, help="held-out windows evaluated, at most")
 
     def __post_init__(self) -> None:
-        if not 0 < self.validation_share < 1:
-            raise DataError(f"--validation_share must be between 0 and 1, got {self.validation_share}")
-        for name in ("max_characters", "vocab_size", "context", "max_eval_windows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise DataError(f"--{name} must be positive, got {value}")
-        if self.context == 1:
-            raise DataError("--context must be at least 2: the first token of a window is not predicted")
+        check_numbers(self, "(0, 1)", "validation_share")
+        check_numbers(self, "(0, inf)", "max_characters", "vocab_size", "context", "max_eval_windows")
+        check_numbers(self, "[2, inf)", "context")  # the first token of a window is not predicted
 
 
 class Windows(Dataset):
@@ -98,7 +91,11 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
     """Reads the text, makes or loads tokenizer and model, cuts windows."""
     with training.main_process_first(desc="reading the data"):
         train_text, held_out_text = read_texts(text)
-    tokenizer = load_tokenizer(options, text, train_text)
+    name = text.tokenizer or options.model
+    if name is not None:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    else:
+        tokenizer = train_tokenizer(train_text, text.vocab_size, text.context or 1024)
     model = build_model(options, lambda: stock_model(options, text, tokenizer), training.seed)
     check_vocabulary(model, tokenizer)
     context = choose_context(model, text)
@@ -117,7 +114,7 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
         collator=default_data_collator,
         evaluate=lambda trainer: perplexities(trainer, held_out, tokenizer),
         data={
-            **describe_text(text.data),
+            **describe(text.data, BUILT_IN_TEXTS),
             "training_tokens": train.windows.numel(),
             "evaluation_tokens": held_out.windows.numel(),
             "training_examples": len(train),
@@ -126,6 +123,7 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
             "vocabulary": len(tokenizer),
         },
         headline=("perplexity", "byte_perplexity"),
+        metrics=("perplexity",),
         source=options.model,
     )
 
@@ -141,13 +139,6 @@ def read_texts(text: TextArguments) -> tuple[str, str]:
     return whole[:cut], whole[cut:]
 
 
-def load_tokenizer(options: ModelArguments, text: TextArguments, train_text: str) -> PreTrainedTokenizerBase:
-    name = text.tokenizer or options.model
-    if name is not None:
-        return AutoTokenizer.from_pretrained(name)
-    return train_tokenizer(train_text, text.vocab_size, text.context or 1024)
-
-
 def stock_model(options: ModelArguments, text: TextArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     if options.model is not None:
         return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
@@ -158,14 +149,6 @@ def stock_model(options: ModelArguments, text: TextArguments, tokenizer: PreTrai
     if text.context is not None and "max_position_embeddings" not in values and "n_positions" not in values:
         config.max_position_embeddings = text.context
     return AutoModelForCausalLM.from_config(config)
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise DataError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model only {rows}: give the model's own tokenizer"
-        )
 
 
 @torch.no_grad()
@@ -194,16 +177,11 @@ def choose_context(model: PreTrainedModel, text: TextArguments) -> int:
 
 def perplexities(trainer: Trainer, held_out: Windows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Loss in nats per predicted token, and both perplexities."""
+    tokens = held_out.windows.flatten()
+    size = len(tokenizer.decode(tokens, clean_up_tokenization_spaces=False).encode("utf-8"))
     # All windows are equally long, so that the mean of their losses is the mean over tokens.
     loss = trainer.evaluate()["eval_loss"]
-    everything = held_out.windows.flatten()
-    size = len(tokenizer.decode(everything, clean_up_tokenization_spaces=False).encode("utf-8"))
-    return {
-        "loss": loss,
-        "perplexity": exp(loss),
-        "byte_perplexity": exp(loss * everything.numel() / size),
-        "bytes_per_token": size / everything.numel(),
-    }
+    return compute("perplexity", losses=[loss], tokens=[len(tokens)], num_bytes=size)
 
 
 RECIPE = ("language_modeling", (ModelArguments, TextArguments, MultiMaxTrainingArguments), make_job)

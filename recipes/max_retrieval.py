@@ -10,21 +10,21 @@ is installed, ``figure.png``.
 """
 
 import argparse
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, one_hot
 
-from hf_multimax import MultiMaxConfig, Normalizer
-from hf_multimax.normalizers import build_normalizer
+from hf_multimax import MultiMaxConfig, Normalizer, build_normalizer
+from hf_multimax.results import Figure, with_spread
+from recipes.shared.record import RESULTS, over_seeds, write_json
+from recipes.shared.table import markdown
 
 logger = logging.getLogger(__name__)
 
@@ -172,36 +172,36 @@ def run(settings: Settings) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]], measure: str) -> str:
     """A Markdown table of one measure, mean and standard deviation over the seeds: functions down, lengths across."""
-    lengths = sorted({row["items"] for row in rows})
-    lines = [f"| {measure} | " + " | ".join(map(str, lengths)) + " |", "|" + " --- |" * (len(lengths) + 1)]
-    for label in dict.fromkeys(row["function"] for row in rows):
-        cells = []
-        for n in lengths:
-            values = [row[measure] for row in rows if row["function"] == label and row["items"] == n]
-            cells.append(f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else ""))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    figures = _over_seeds(rows, measure)
+    cells = [[label, *(with_spread(figure, 3) for figure in of.values())] for label, of in figures.items()]
+    return markdown([[measure, *map(str, next(iter(figures.values())))], *cells])
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path, largest: int) -> None:
     """Accuracy and the weight of the maximum against the number of items; needs matplotlib."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2)
-    labels = list(dict.fromkeys(row["function"] for row in rows))
-    lengths = sorted({row["items"] for row in rows})
+    drawing = Drawing(figsize=(11, 4.5), layout="constrained")
+    axes = drawing.subplots(1, 2)
     for axis, measure in zip(axes, ("accuracy", "weight_of_maximum")):
-        for i, label in enumerate(labels):
-            own = [row for row in rows if row["function"] == label]
-            means = [mean(row[measure] for row in own if row["items"] == n) for n in lengths]
-            axis.plot(lengths, means, label=label, linestyle=("-", "--")[i // 10 % 2], color=f"C{i % 10}")
+        for i, (label, of) in enumerate(_over_seeds(rows, measure).items()):
+            style = {"linestyle": ("-", "--")[i // 10 % 2], "color": f"C{i % 10}"}
+            axis.plot(list(of), [figure.mean for figure in of.values()], label=label, **style)
         axis.axvline(largest, color="grey", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", xlabel="items in the set", ylabel=measure.replace("_", " "), ylim=(-0.02, 1.02))
         axis.set_xscale("log", base=2)
     axes[0].annotate("training sizes end", (largest, 0.0), fontsize=8, color="grey")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(path, dpi=150)
+    drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    drawing.savefig(path, dpi=150)
+
+
+def _over_seeds(rows: Sequence[dict[str, Any]], measure: str) -> dict[str, dict[int, Figure]]:
+    """A measure of each function, by the number of items, from few to many."""
+    values: dict[str, dict[int, list[float]]] = {}
+    for row in sorted(rows, key=lambda row: row["items"]):
+        values.setdefault(row["function"], {}).setdefault(row["items"], []).append(row[measure])
+    order = dict.fromkeys(row["function"] for row in rows)
+    return {label: {n: over_seeds(of_n) for n, of_n in values[label].items()} for label in order}
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -221,8 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         settings = Settings(settings.functions, 1, 5, 8, 16, test_lengths=(16, 64), test_sets=4, device=options.device)
     rows = run(settings)
     options.out.mkdir(parents=True, exist_ok=True)
-    results = {"settings": asdict(settings), "rows": rows}
-    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(options.out / RESULTS, {"settings": asdict(settings), "rows": rows})
     tables = "\n\n".join(table(rows, measure) for measure in ("accuracy", "weight_of_maximum", "zeros"))
     (options.out / "table.md").write_text(tables + "\n", encoding="utf-8")
     print(tables)

@@ -13,17 +13,16 @@ import argparse
 import hashlib
 import json
 import re
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_multimax.cards import model_card
 from hf_multimax.plots import plot_modulators
-from hf_multimax.results import Results, metric_label, one_line
-
-__all__ = ["draw_curves", "main"]
+from hf_multimax.results import Results, one_line
+from recipes.shared.curves import draw_curves
+from recipes.shared.table import comparison_rows, markdown
 
 ROOT = Path(__file__).parents[1]
 #: Of the cards in this repository; weights made from the built-in data carry the licence of the code.
@@ -34,7 +33,6 @@ TASKS = {
     "translation": "translation",
 }
 _EVIDENCE = re.compile(r"(<!-- evidence -->\n).*?(<!-- /evidence -->)", flags=re.DOTALL)
-_COLORS = ("0.35", "C3", "C1", "C0", "C2", "C4", "C5", "C6", "C8", "C9")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -134,19 +132,13 @@ def check(root: Path, comparisons: Mapping[str, Results], texts: Mapping[Path, s
 def evidence(comparisons: Mapping[str, Results]) -> str:
     """The README's section: one table over all comparisons, and where each came from."""
     p_values = any(results.has_p_values for results in comparisons.values())
-    header = ["task and data", "arm", "metric", "mean ± std", "difference, 95 % interval"]
-    header += ["p"] * p_values + ["verdict", "seeds", "step time", "memory"]
-    lines = [_row(header), "|" + "---|" * len(header)]
+    rows: list[list[str]] = []
     for name, results in comparisons.items():
-        arrow = "↓" if results.values["lower_is_better"] else "↑"
-        title = _title(name, results)
-        for arm in results.arms:
-            p_value = [results.p_value(arm)] if p_values else []
-            measured = [results.measured(arm, results.metric), results.difference(arm), *p_value, results.verdict(arm)]
-            costs = [results.ratio(arm, figure) for figure in (results.step_time, "peak_bytes")]
-            metric = f"{metric_label(results.metric)} {arrow}"
-            lines.append(_row([title, f"`{one_line(arm)}`", metric, *measured, results.seeds(arm), *costs]))
-            title = ""
+        header, *arms = comparison_rows(results, p_values)
+        rows = rows or [["task and data", *header]]
+        titles = [_title(name, results)] + [""] * len(arms)
+        rows += [[title, f"`{one_line(arm)}`", *cells] for title, (arm, *cells) in zip(titles, arms)]
+    lines = [markdown(rows)]
     lines += [
         "",
         "Mean and standard deviation over seeds. The difference is arm minus reference, seed by seed; the reference is",
@@ -166,10 +158,6 @@ def _title(name: str, results: Results) -> str:
     task, data = results.values["task"], one_line(results.values["data"]["name"])
     budget = ", equal time" if results.values.get("budget") == "time" else ""
     return f"[{TASKS.get(task, task)}, {data}{budget}](model_cards/{name}.md)"
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -195,51 +183,6 @@ def _draw_modulators(layers: Mapping[str, Any], title: str, path: Path, metadata
     figure = plot_modulators(layers)
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=80, metadata=metadata)
-
-
-def draw_curves(comparison: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Draw the losses of a comparison over the steps: the mean of each arm, and one standard deviation around it.
-
-    Args:
-        comparison: what comparison.json holds. The evaluation losses are drawn, or where an arm has fewer than two of
-            them, all arms' training losses.
-        path: the file to write.
-        metadata: stored in the file, as its format allows.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'hf-multimax[plots]'") from error
-    runs = {arm: entry["runs"] for arm, entry in comparison["arms"].items() if entry["runs"]}
-    evaluated = all(len(_curve(of_arm, "eval_loss")) > 1 for of_arm in runs.values())
-    key = "eval_loss" if evaluated else "loss"
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for color, (arm, of_arm) in zip(_COLORS * len(runs), runs.items()):
-        points = _curve(of_arm, key)
-        steps, means = list(points), [statistics.fmean(values) for values in points.values()]
-        spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
-        axes.plot(steps, means, color=color, linewidth=1.2, label=arm)
-        low, high = ([m + sign * s for m, s in zip(means, spreads)] for sign in (-1, 1))
-        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-    seeds = sorted({run["seed"] for of_arm in runs.values() for run in of_arm})
-    title = f"{comparison['data']['name']}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
-    axes.set(xlabel="step", ylabel="evaluation loss" if evaluated else "training loss")
-    axes.set_title(title, fontsize="medium")
-    axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=80, metadata=metadata)
-
-
-def _curve(runs: list[Mapping[str, Any]], key: str) -> dict[int, list[float]]:
-    """The values at every step that all runs have, step by step."""
-    curves = [
-        {point["step"]: point[key] for point in run.get("curve", ()) if point.get(key) is not None} for run in runs
-    ]
-    steps = sorted(set.intersection(*map(set, curves)))
-    return {step: [curve[step] for curve in curves] for step in steps}
 
 
 def _digest(values: Mapping[str, Any]) -> str:

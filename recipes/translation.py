@@ -13,7 +13,6 @@ the same length, and count the queries that are padding.
 from pathlib import Path
 from typing import Any
 
-import sacrebleu
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -28,19 +27,14 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_multimax.training import MultiMaxSeq2SeqTrainer, MultiMaxSeq2SeqTrainingArguments
-from recipes.common import Job, main
-from recipes.data import DataError
-from recipes.models import ModelArguments, build_model
-from recipes.record import exp, write_json
-from recipes.sentences import (
-    LengthBuckets,
-    Sentences,
-    TranslationArguments,
-    describe_data,
-    load_tokenizer,
-    longest,
-    read_data,
-)
+from recipes.shared.checks import DataError
+from recipes.shared.data.sentence_batches import LengthBuckets, Sentences, longest
+from recipes.shared.data.sentences import TranslationArguments, describe_data, read_data
+from recipes.shared.metrics import compute
+from recipes.shared.models import ModelArguments, build_model
+from recipes.shared.record import write_json
+from recipes.shared.run import Job, main
+from recipes.shared.tokens import check_vocabulary, translation_tokenizer
 
 TRANSLATIONS = "translations.json"
 DEFAULT_CONFIG = {
@@ -140,7 +134,7 @@ def make_job(
     with training.main_process_first(desc="reading the data"):
         train_pairs, held_out_pairs = read_data(options)
     kind = {**DEFAULT_CONFIG, **model_options.model_config}["model_type"]
-    tokenizer = load_tokenizer(model_options.model, kind, options, train_pairs)
+    tokenizer = translation_tokenizer(model_options.model, kind, options, train_pairs)
     model = build_model(model_options, lambda: stock_model(model_options, options, tokenizer), training.seed)
     check_fit(model, tokenizer, options)
     train = Sentences(train_pairs, tokenizer, options, cut=False).without_longer(options.max_length)
@@ -170,6 +164,7 @@ def make_job(
             "vocabulary": len(tokenizer),
         },
         headline=("bleu", "chrf", "perplexity"),
+        metrics=("translation", "perplexity"),
         source=model_options.model,
         trainer_class=TranslationTrainer,
         trainer_options={"compute_loss_func": SmoothedLoss(training.label_smoothing_factor)},
@@ -209,11 +204,7 @@ def generation_options(options: TranslationArguments) -> dict[str, Any]:
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TranslationArguments) -> None:
     """Raise DataError if tokenizer and model, or lengths and model, do not go together."""
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise DataError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model only {rows}: give the model's own tokenizer"
-        )
+    check_vocabulary(model, tokenizer)
     for name in ("pad_token_id", "eos_token_id"):
         ours, its = getattr(tokenizer, name), getattr(model.config, name)
         if ours is None or ours != its:
@@ -237,14 +228,9 @@ def measure(
     loss = trainer.evaluate()["eval_loss"]
     translations = translate(trainer, sentences, tokenizer, options)
     references = [target for _, target in sentences.pairs]
-    bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()
     metrics = {
-        "bleu": bleu.corpus_score(translations, [references]).score,
-        "chrf": chrf.corpus_score(translations, [references]).score,
-        "loss": loss,
-        "perplexity": exp(loss),
-        "bleu_signature": str(bleu.get_signature()),
-        "chrf_signature": str(chrf.get_signature()),
+        **compute("translation", predictions=translations, references=references),
+        **compute("perplexity", losses=[loss], tokens=[1]),
         "num_beams": options.num_beams,
     }
     if trainer.is_world_process_zero():
@@ -270,5 +256,7 @@ def translate(
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
+RECIPE = ("translation", (ModelArguments, TranslationArguments, MultiMaxSeq2SeqTrainingArguments), make_job)
+
 if __name__ == "__main__":
-    main("translation", (ModelArguments, TranslationArguments, MultiMaxSeq2SeqTrainingArguments), make_job)
+    main(*RECIPE)

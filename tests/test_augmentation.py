@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recipes import augmentation
-from recipes.augmentation import OPERATIONS, AugmentationArguments
-from recipes.data import DataError
+from recipes.shared import augmentation
+from recipes.shared.augmentation import OPERATIONS, AugmentationArguments
+from recipes.shared.checks import DataError
 
 
 def rng(seed=0):

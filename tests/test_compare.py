@@ -13,7 +13,8 @@ from scipy import stats
 from hf_multimax import is_patched
 from hf_multimax.results import Results
 from recipes import compare, language_modeling
-from recipes.data import DataError, load_text
+from recipes.shared.checks import DataError
+from recipes.shared.data.text import load_text
 
 
 def plan_file(folder, **values):
@@ -192,6 +193,29 @@ def test_fewer_seeds_give_no_p_and_one_gives_no_interval():
     assert compare.pair({}, reference) == {}
     equal = compare.pair(arm, arm)["loss"]  # no spread: no test
     assert equal["difference"] == 0 and equal["p"] is None and math.isfinite(equal["low"])
+
+
+def same_numbers(found, wanted):
+    found, wanted = ({k: v for k, v in figures.items() if v is not None} for figures in (found, wanted))
+    return found == pytest.approx(wanted, rel=1e-9, abs=1e-9 * abs(wanted.get("difference", 0.0)))
+
+
+@pytest.mark.parametrize("name", ["lm_web", "fashion", "help_en_de"])
+def test_the_statistics_of_the_committed_comparisons_come_out_again(name):
+    path = Path(compare.__file__).parent / "results" / f"{name}.json"
+    recorded = json.loads(path.read_text())
+    measured = {
+        arm: {run["seed"]: compare.figures(run) for run in entry["runs"]} for arm, entry in recorded["arms"].items()
+    }
+    for arm, by_seed in measured.items():
+        for figure, summary in compare.summarize(by_seed).items():
+            assert same_numbers(summary, recorded["summary"][arm][figure])
+    assert recorded["paired"]
+    for arm, paired in recorded["paired"].items():
+        again = compare.pair(measured[arm], measured[recorded["reference"]])
+        assert again.keys() == paired.keys()
+        for figure, values in paired.items():
+            assert same_numbers(again[figure], values)
 
 
 def test_several_processes_and_jobs_share_the_threads(tmp_path, monkeypatch):

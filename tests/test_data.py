@@ -11,8 +11,12 @@ import zlib
 import numpy as np
 import pytest
 
-from recipes import data
-from recipes.data import DataError, load_text
+from recipes.shared import tokens
+from recipes.shared.checks import DataError
+from recipes.shared.data.debian import debian_package
+from recipes.shared.data.images import fashion_mnist
+from recipes.shared.data.sentences import help_sentences
+from recipes.shared.data.text import load_text, web_text
 
 
 @pytest.fixture
@@ -64,14 +68,14 @@ def test_web_text_reads_ztext_and_leaves_markup_out(cache):
     ]
     psalms = ['<div type="x-p"/><l level="1">Blessed &amp; glad</l><l level="2">is the man</l>']
     bible(cache, [genesis, psalms], [["The book of the genealogy."]])
-    assert data.web_text().split("\n") == [
+    assert web_text().split("\n") == [
         "Genesis",
         "In the beginning, God created the heavens, and the earth. God said, “Let there be light”.",
         "Blessed & glad",
         "is the man",
         "The book of the genealogy.",
     ]
-    assert load_text("web") == data.web_text()
+    assert load_text("web") == web_text()
 
 
 def test_a_broken_module_is_named(cache):
@@ -79,10 +83,10 @@ def test_a_broken_module_is_named(cache):
     broken = next((cache / "debian").rglob("nt.bzz"))
     broken.write_bytes(b"no zlib")
     with pytest.raises(DataError, match="engWEB is no SWORD module"):
-        data.web_text()
+        web_text()
     shutil.rmtree(broken.parent)
     with pytest.raises(DataError, match="delete that folder"):
-        data.web_text()
+        web_text()
 
 
 def idx(array):
@@ -98,7 +102,7 @@ def test_fashion_mnist_reads_idx(cache):
     where = "usr/share/datasets/fashion-mnist"
     files = {f"{where}/{name}-ubyte.gz": idx(array) for name, array in arrays.items()}
     package(cache, "dataset-fashion-mnist", files)
-    splits = data.fashion_mnist()
+    splits = fashion_mnist()
     assert list(splits) == ["train", "test"]
     np.testing.assert_array_equal(splits["train"].images, arrays["train-images-idx3"])
     np.testing.assert_array_equal(splits["test"].labels, [0, 1])
@@ -107,7 +111,7 @@ def test_fashion_mnist_reads_idx(cache):
     for wrong in (b"no gzip", gzip.compress(b"\0\0\x0d\x01\0\0\0\x01abcd"), idx(np.zeros(9))[:-12]):
         package(cache, "dataset-fashion-mnist", {f"{where}/train-labels-idx1-ubyte.gz": wrong})
         with pytest.raises(DataError, match="train-labels-idx1-ubyte.gz is no IDX file"):
-            data.fashion_mnist()
+            fashion_mnist()
 
 
 def test_help_sentences_are_aligned_by_paragraph(cache):
@@ -122,9 +126,9 @@ def test_help_sentences_are_aligned_by_paragraph(cache):
     package(cache, "libreoffice-help-en-us", {f"{where}/en-US/text/swriter/a.html": english})
     package(cache, "libreoffice-help-de", {f"{where}/de/text/swriter/a.html": german})
     pair = ("Press Ctrl+S to save & close.", "Mit Strg+S speichern und schließen.")
-    assert data.help_sentences() == [pair]
-    assert data.help_sentences(max_words=4) == []
-    assert data.help_sentences(min_words=6) == []
+    assert help_sentences() == [pair]
+    assert help_sentences(max_words=4) == []
+    assert help_sentences(min_words=6) == []
 
 
 def test_pydoc_text_is_long_enough():
@@ -216,9 +220,9 @@ def test_a_package_is_fetched_once_and_whole(cache, programs):
         apt_get='test "$1" = download && echo x >> "$HF_MULTIMAX_CACHE/calls" && echo > some-data_1.deb',
         dpkg_deb='mkdir -p "$3/usr/share" && echo content > "$3/usr/share/file"',
     )
-    folder = data.debian_package("some-data")
+    folder = debian_package("some-data")
     assert (folder / "usr/share/file").read_text() == "content\n"
-    assert folder == cache / "debian" / "some-data" == data.debian_package("some-data")
+    assert folder == cache / "debian" / "some-data" == debian_package("some-data")
     assert (cache / "calls").read_text() == "x\n"
     assert os.listdir(cache / "debian") == ["some-data"]
 
@@ -239,7 +243,7 @@ def test_a_package_is_fetched_once_and_whole(cache, programs):
 def test_a_package_that_cannot_be_fetched_leaves_nothing(cache, programs, scripts, reason):
     programs(**scripts)
     with pytest.raises(DataError, match=reason) as error:
-        data.debian_package("some-data")
+        debian_package("some-data")
     assert "apt-get update" in str(error.value) and "\n" not in str(error.value)
     assert os.listdir(cache / "debian") == []
 
@@ -248,13 +252,13 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("HF_MULTIMAX_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match="set HF_MULTIMAX_CACHE"):
-        data.debian_package("some-data")
+        debian_package("some-data")
 
 
 def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
     monkeypatch.setenv("HF_MULTIMAX_CACHE", "~nobody-of-this-name/cache")
     with pytest.raises(DataError, match="Set HF_MULTIMAX_CACHE"):
-        data.debian_package("some-data")
+        debian_package("some-data")
 
 
 # -- tokens ----------------------------------------------------------------------------------------------------------
@@ -264,17 +268,17 @@ def test_the_tokenizer_gives_every_text_back(tmp_path):
     from transformers import AutoTokenizer
 
     text = "one two  three\n\n   four — ä 漢字\n" * 20
-    tokenizer = data.train_tokenizer(text, 280, 64)
+    tokenizer = tokens.train_tokenizer(text, 280, 64)
     assert 257 <= len(tokenizer) <= 280
-    assert tokenizer.decode(data.encode(tokenizer, text)) == text
+    assert tokenizer.decode(tokens.encode(tokenizer, text)) == text
     unseen = "Zebra\t0 ♞ \r\n"
-    assert tokenizer.decode(data.encode(tokenizer, unseen)) == unseen
+    assert tokenizer.decode(tokens.encode(tokenizer, unseen)) == unseen
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert loaded(text)["input_ids"] == data.encode(tokenizer, text).tolist()
+    assert loaded(text)["input_ids"] == tokens.encode(tokenizer, text).tolist()
     assert loaded.model_max_length == 64 and loaded.eos_token == loaded.pad_token == "<|endoftext|>"
     with pytest.raises(ValueError, match="at least 257"):
-        data.train_tokenizer(text, 256, 64)
+        tokens.train_tokenizer(text, 256, 64)
 
 
 # -- the real packages -----------------------------------------------------------------------------------------------
@@ -283,7 +287,7 @@ def test_the_tokenizer_gives_every_text_back(tmp_path):
 def fetched(name):
     """Skips, with the reason, where the package cannot be had."""
     try:
-        return data.debian_package(name)
+        return debian_package(name)
     except DataError as error:
         pytest.skip(str(error))
 
@@ -291,7 +295,7 @@ def fetched(name):
 @pytest.mark.slow
 def test_the_real_web_text():
     fetched("sword-text-web")
-    text = data.web_text()
+    text = web_text()
     assert 4_800_000 < len(text) < 5_050_000
     assert "In the beginning, God created the heavens and the earth." in text
     assert not set("<>") & set(text)
@@ -300,7 +304,7 @@ def test_the_real_web_text():
 @pytest.mark.slow
 def test_the_real_fashion_mnist():
     fetched("dataset-fashion-mnist")
-    splits = data.fashion_mnist()
+    splits = fashion_mnist()
     assert splits["train"].images.shape == (60_000, 28, 28) and splits["test"].images.shape == (10_000, 28, 28)
     for images in splits.values():
         assert (np.bincount(images.labels) == len(images.labels) // 10).all()
@@ -310,7 +314,7 @@ def test_the_real_fashion_mnist():
 def test_the_real_help_sentences():
     for language in ("en-us", "de"):
         fetched(f"libreoffice-help-{language}")
-    pairs = data.help_sentences()
+    pairs = help_sentences()
     assert 17_000 < len(pairs) < 22_000
     assert len({english for english, _ in pairs}) == len(pairs)
     assert all(3 <= len(text.split()) <= 40 and not set("<>\n") & set(text[0]) for pair in pairs for text in pair)
@@ -319,7 +323,11 @@ def test_the_real_help_sentences():
 @pytest.mark.slow
 def test_two_processes_may_fetch_at_once(tmp_path):
     fetched("sword-text-web")
-    command = [sys.executable, "-c", "from recipes.data import debian_package as f; print(f('sword-text-web'))"]
+    command = [
+        sys.executable,
+        "-c",
+        "from recipes.shared.data.debian import debian_package as f; print(f('sword-text-web'))",
+    ]
     environment = {**os.environ, "HF_MULTIMAX_CACHE": str(tmp_path)}
     processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     folders = {process.communicate(timeout=300)[0].strip() for process in processes}

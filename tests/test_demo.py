@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, T5Co
 
 import hf_multimax
 from recipes import demo
-from recipes.data import train_tokenizer
+from recipes.shared.tokens import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURES = {"sparsity", "multi_modality", "entropy", "topk_mass"}
@@ -127,7 +127,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(checkpoint, tmp_path, monk
     refused(checkpoint, tmp_path, "is no causal language model", "--model", str(other))
 
     GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1, n_positions=24)).save_pretrained(other)
-    refused(checkpoint, tmp_path, "more tokens than the model has embeddings", "--model", str(other))
+    refused(checkpoint, tmp_path, "280 tokens and the model only 20", "--model", str(other))
     assert sorted(os.listdir(tmp_path)) == ["patched", "short.txt", "t5"]
 
 

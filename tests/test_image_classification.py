@@ -25,11 +25,15 @@ from transformers.image_utils import load_image
 
 import hf_multimax
 from hf_multimax import patch_model
-from recipes import common, image_classification, images
-from recipes.augmentation import AugmentationArguments
-from recipes.data import DataError
+from recipes import image_classification
 from recipes.image_classification import add_stochastic_depth, image_loss, image_shape
-from recipes.images import ArrayImages, FolderImages, ImageBatches, load_images
+from recipes.shared import record
+from recipes.shared.augmentation import AugmentationArguments
+from recipes.shared.checks import DataError
+from recipes.shared.data import images
+from recipes.shared.data.image_batches import ImageBatches
+from recipes.shared.data.images import ArrayImages, load_images, read_folder
+from recipes.shared.run import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, CLASSES = 8, ("ankle boot", "bag", "coat", "dress")
@@ -144,7 +148,7 @@ def test_a_pipeline_gives_the_same_logits(tmp_path, data):
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     classify = pipeline("image-classification", model=model, image_processor=processor)
     files = sorted(data.glob("validation/*/*.png"))
-    held_out = FolderImages(data / "validation")
+    held_out = read_folder(data / "validation")
     batches = ImageBatches(held_out, np.arange(len(held_out)), processor, SIZE, 3)
     with torch.no_grad():
         logits = model.eval()(pixel_values=batches.__getitems__(list(range(len(files))))[0]["pixel_values"]).logits
@@ -166,13 +170,13 @@ def test_resumed_equals_uninterrupted_whatever_makes_the_batches(tmp_path, data,
     whole = run(tmp_path, **values)
     (tmp_path / "out").rename(tmp_path / "whole")
 
-    class Interruption(common.Costs):
+    class Interruption(record.Costs):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 7:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "Costs", Interruption)
+        patch.setattr(record, "Costs", Interruption)
         run(tmp_path, **values)
     resumed = run(tmp_path, "--resume_from_checkpoint", "last", dataloader_num_workers=1, **values)
     assert losses(resumed) == losses(whole) and len(losses(whole)) == 11
@@ -276,9 +280,11 @@ def arrays(count=12, size=SIZE, classes=4):
 
 
 def built_in(monkeypatch, **options):
-    parts = {"train": images.fashion_mnist, "test": None}
-    parts = {name: type("Images", (), dict(zip(("images", "labels"), arrays(**options)))) for name in parts}
-    monkeypatch.setattr(images, "fashion_mnist", lambda: parts)
+    def parts():
+        made = arrays(**options)
+        return {name: ArrayImages(name, images.FASHION_MNIST_CLASSES, *made) for name in ("train", "test")}
+
+    monkeypatch.setattr(images, "fashion_mnist", parts)
 
 
 def test_the_built_in_images_are_normalised_by_their_own_statistics(tmp_path, monkeypatch):
@@ -311,7 +317,7 @@ def test_images_of_any_size_and_mode_fit_the_model(tmp_path, crop, channels):
     for i, mode in enumerate(("L", "RGB", "RGBA", "P", "1", "LA")):
         (tmp_path / "a").mkdir(exist_ok=True)
         draw(i % 4, 0, size=10 + 3 * i).convert(mode).save(tmp_path / "a" / f"{i}.png")
-    source = FolderImages(tmp_path)
+    source = read_folder(tmp_path)
     processor = ViTImageProcessorPil(
         size={"shortest_edge": 10},
         do_center_crop=True,
@@ -465,14 +471,14 @@ def test_photos_are_turned_as_they_are_meant(tmp_path):
     (tmp_path / "train" / "cats").mkdir(parents=True)
     path = tmp_path / "train" / "cats" / "0.jpg"
     Image.new("RGB", (30, 20)).save(path, exif=exif)
-    assert FolderImages(tmp_path / "train").read(0).size == load_image(str(path)).size == (20, 30)
+    assert read_folder(tmp_path / "train").read(0).size == load_image(str(path)).size == (20, 30)
 
 
 def test_images_of_16_bits_are_refused(tmp_path):
     (tmp_path / "train" / "cats").mkdir(parents=True)
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(tmp_path / "train" / "cats" / "0.png")
     with pytest.raises(DataError, match=r"^\S*0.png has more than 8 bits a channel"):
-        FolderImages(tmp_path / "train").read(0)
+        read_folder(tmp_path / "train").read(0)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -490,7 +496,7 @@ def test_the_model_is_the_authors_shape():
 def test_the_large_configs_are_understood(name, monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.training_args.TrainingArguments.__post_init__", lambda self: None)
     path = str(ROOT / "recipes" / "configs" / f"{name}.yaml")
-    options, arguments, augmentation, training = common.parse("x", image_classification.RECIPE[1], [path])
+    options, arguments, augmentation, training = parse("x", image_classification.RECIPE[1], [path])
     assert augmentation.crop == "resized" and training.output_dir
     if name.startswith("deit"):
         values = {**image_classification.DEFAULT_CONFIG, **options.model_config}

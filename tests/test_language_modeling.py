@@ -14,10 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import hf_multimax
 from hf_multimax import multimax_parameters, patch_model
-from recipes import common, language_modeling
-from recipes.data import DataError, encode, load_text, train_tokenizer
-from recipes.models import ModelArguments, build_model
-from recipes.record import read_yaml, write_json
+from recipes import language_modeling
+from recipes.shared import record
+from recipes.shared.checks import DataError
+from recipes.shared.data.text import load_text
+from recipes.shared.models import ModelArguments, build_model
+from recipes.shared.record import read_yaml, write_json
+from recipes.shared.run import parse
+from recipes.shared.tokens import encode, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -211,16 +215,16 @@ def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path):
 
 
 def interrupted(folder, after, **values):
-    class Interruption(common.Costs):
+    class Interruption(record.Costs):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == after:
                 raise KeyboardInterrupt
 
-    timer, common.Costs = common.Costs, Interruption
+    timer, record.Costs = record.Costs, Interruption
     try:
         run(folder, **{"output": True, **values})
     finally:
-        common.Costs = timer
+        record.Costs = timer
 
 
 def test_two_processes_give_what_one_gives_with_the_double_batch(tmp_path):
@@ -287,11 +291,11 @@ def test_a_patched_checkpoint_keeps_what_it_has_or_is_refused():
 def test_options_override_the_file_which_overrides_the_defaults(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("context: 32\nlearning_rate: 1e-3\nmodel_config: {n_layer: 1}\noutput_dir: somewhere\n")
-    parsed = common.parse("language_modeling", language_modeling.RECIPE[1], [str(path), "--context", "64"])
+    parsed = parse("language_modeling", language_modeling.RECIPE[1], [str(path), "--context", "64"])
     model, text, training = parsed
     assert (text.context, text.data, training.learning_rate) == (64, "web", 1e-3)
     assert model.model_config == {"n_layer": 1} and training.output_dir == "somewhere"
-    again = common.parse("x", language_modeling.RECIPE[1], [str(path), "--model_config", '{"n_layer": 2}'])
+    again = parse("x", language_modeling.RECIPE[1], [str(path), "--model_config", '{"n_layer": 2}'])
     assert again[0].model_config == {"n_layer": 2}
 
 

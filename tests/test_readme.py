@@ -12,7 +12,7 @@ from models import make
 
 from hf_multimax import MultiMaxConfig
 from hf_multimax.registry import get_normalizer, registered_normalizers
-from recipes.data import train_tokenizer
+from recipes.shared.tokens import train_tokenizer
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -18,12 +18,16 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_multimax import is_patched, multimax_parameters, patch_model
 from hf_multimax.training import MultiMaxSeq2SeqTrainingArguments, MultiMaxTrainingArguments
-from recipes import common, sentences, translation
-from recipes.data import DataError
+from recipes import translation
 from recipes.language_modeling import TextArguments
-from recipes.models import ModelArguments
-from recipes.record import read_yaml
-from recipes.sentences import LengthBuckets, Sentences, TranslationArguments
+from recipes.shared import tokens
+from recipes.shared.checks import DataError
+from recipes.shared.data import sentences
+from recipes.shared.data.sentence_batches import LengthBuckets, Sentences
+from recipes.shared.data.sentences import TranslationArguments
+from recipes.shared.models import ModelArguments
+from recipes.shared.record import read_yaml
+from recipes.shared.run import parse
 from recipes.translation import SmoothedLoss
 
 ROOT = Path(__file__).parents[1]
@@ -263,9 +267,9 @@ def test_what_is_held_out_is_the_same_every_time_and_not_trained_on(files):
 
 def test_tokens_come_back_as_they_were_written(files):
     options = TranslationArguments(vocab_size=60)
-    model = sentences.train_sentencepiece(pairs(), 60)
-    assert model == sentences.train_sentencepiece(pairs(), 60)
-    for make_tokenizer in (sentences.marian_tokenizer, sentences.t5_tokenizer):
+    model = tokens.train_sentencepiece(pairs(), 60)
+    assert model == tokens.train_sentencepiece(pairs(), 60)
+    for make_tokenizer in (tokens.marian_tokenizer, tokens.t5_tokenizer):
         tokenizer = make_tokenizer(model, options)
         tokenized = Sentences(pairs(), tokenizer, options, cut=False)
         for row, (source, target) in zip(tokenized.rows, pairs()):
@@ -306,7 +310,7 @@ def test_options_of_generation_that_do_not_act_are_refused(tmp_path, option):
 
 def test_evaluation_buckets_hold_every_sentence_with_its_reference(files):
     options = TranslationArguments(vocab_size=60)
-    tokenizer = sentences.marian_tokenizer(sentences.train_sentencepiece(pairs(), 60), options)
+    tokenizer = tokens.marian_tokenizer(tokens.train_sentencepiece(pairs(), 60), options)
     tokenized = Sentences(pairs(), tokenizer, options, cut=False)
     ordered = tokenized.in_buckets(8)
     assert sorted(ordered.pairs) == sorted(pairs())
@@ -356,9 +360,10 @@ def refused(capsys, tmp_path, *arguments, model=TINY):
 
 BAD_FILES = {
     "empty.tsv": ("", "there is no text in"),
+    "empty.jsonl": ("\n", "there is no text in"),
     "one.tsv": ("one two\n", "line 1 of .* has 1 fields"),
-    "no.jsonl": ("one two\n", "line 1 of .* is no JSON"),
-    "list.jsonl": ("[1]\n", "line 1 of .* must be an object"),
+    "no.jsonl": ("one two\n", "no.jsonl cannot be read: JSON parse error: .* in row 0"),
+    "list.jsonl": ("[1]\n", "line 1 of .* has no sentence in language 'en', only none"),
     "fr.jsonl": ('{"en": "one", "fr": "un"}\n', "no sentence in language 'de', only en, fr"),
     "blank.jsonl": ('{"en": "one", "de": " "}\n', "there is no pair of sentences in"),
     "few.tsv": ("one\teins\ntwo\tzwei\n", "only 2 pairs of sentences"),
@@ -396,8 +401,8 @@ def test_a_tokenizer_of_another_model(tmp_path, capsys, files):
     run(tmp_path / "marian", *files, "--normalizer", "softmax", "--max_steps", 1)
     options = TranslationArguments(vocab_size=80)
     larger = [(a, b + f" {i}") for i, (a, b) in enumerate(pairs())]
-    sentences.marian_tokenizer(sentences.train_sentencepiece(larger, 80), options).save_pretrained(tmp_path / "big")
-    sentences.t5_tokenizer(sentences.train_sentencepiece(pairs(), 50), options).save_pretrained(tmp_path / "t5")
+    tokens.marian_tokenizer(tokens.train_sentencepiece(larger, 80), options).save_pretrained(tmp_path / "big")
+    tokens.t5_tokenizer(tokens.train_sentencepiece(pairs(), 50), options).save_pretrained(tmp_path / "t5")
     model = [*files, "--model", tmp_path / "marian"]
     message = refused(capsys, tmp_path, *model, "--tokenizer", tmp_path / "big")
     assert re.search("the tokenizer has .* tokens and the model only .*: give the model's own tokenizer", message)
@@ -418,7 +423,7 @@ def test_configs_are_understood(name):
     if name in LANGUAGE:
         classes = (ModelArguments, TextArguments, MultiMaxTrainingArguments)
     config = ROOT / "recipes" / "configs" / f"{name}.yaml"
-    model, data, training = common.parse(name, classes, [str(config), "--use_cpu", "true"])
+    model, data, training = parse(name, classes, [str(config), "--use_cpu", "true"])
     values = read_yaml(config)
     assert training.output_dir == values["output_dir"] == f"runs/{name}"
     assert training.learning_rate == values["learning_rate"]

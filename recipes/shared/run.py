@@ -1,7 +1,7 @@
-"""What the recipes share: arguments from a YAML file and the command line, the normalizer, training, results.json.
+"""A run of a recipe: arguments from a YAML file and the command line, training, results.json.
 
 A recipe gives :func:`main` its dataclasses of arguments and a function that makes a :class:`Job` of them. All that can
-be wrong with the input raises :class:`~recipes.data.DataError` or ValueError while the job is made, before training.
+be wrong with the input raises :class:`~recipes.shared.checks.DataError` or ValueError while the job is made.
 """
 
 import dataclasses
@@ -16,38 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    HfArgumentParser,
-    PreTrainedModel,
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerState, TrainingArguments, set_seed
 
 from hf_multimax import is_patched
 from hf_multimax.training import MultiMaxTrainer
-from recipes.data import DataError
-from recipes.record import (
-    RESULTS,
-    Costs,
-    curve_point,
-    environment,
-    finite,
-    layer_figures,
-    model_entry,
-    peak_memory,
-    print_summary,
-    read_yaml,
-    recorded_config,
-    training_entry,
-    typical,
-    write_json,
-)
+from recipes.shared import record
+from recipes.shared.checks import DataError, check_numbers
+from recipes.shared.metrics import load_metric
+from recipes.shared.record import RESULTS, read_yaml, recorded_config, write_json
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["Job", "main", "parse"]
 
 TRAINER_STATE = "trainer_state.json"
 OPTIONS = "options.json"
@@ -66,6 +44,7 @@ class Job:
         trainer_class: a class made with MultiMaxTrainerMixin.
         trainer_options: more keyword arguments of it.
         headline: the metrics of the summary table, in their order.
+        metrics: the modules of ``recipes/metrics`` that are computed; they are loaded before anything is trained.
     """
 
     task: str
@@ -77,6 +56,7 @@ class Job:
     evaluate: Callable[[Trainer], dict[str, Any]]
     data: dict[str, Any]
     headline: tuple[str, ...]
+    metrics: tuple[str, ...]
     source: str | None = None
     trainer_class: type[Trainer] = MultiMaxTrainer
     trainer_options: dict[str, Any] = field(default_factory=dict)
@@ -112,6 +92,8 @@ def main(
         folder = Path(training.output_dir)
         set_seed(training.seed)
         job = make_job(*parsed, training)
+        for metric in job.metrics:
+            load_metric(metric)
         trainer = build_trainer(job, training)
         check_options(folder, parsed, training)
     except Exception as error:
@@ -156,11 +138,9 @@ def check_output(training: TrainingArguments) -> None:
     ``--resume_from_checkpoint last`` starts from the beginning where there is no checkpoint yet, so that one command
     can be repeated until it is done.
     """
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(training, name) < 1:
-            raise DataError(f"--{name} must be at least 1, got {getattr(training, name)}")
-    if not 0 <= training.label_smoothing_factor < 1:
-        raise DataError(f"--label_smoothing_factor must be in [0, 1), got {training.label_smoothing_factor}")
+    check_numbers(training, "[1, inf)", "per_device_train_batch_size", "per_device_eval_batch_size")
+    check_numbers(training, "[1, inf)", "gradient_accumulation_steps")
+    check_numbers(training, "[0, 1)", "label_smoothing_factor")
     folder = Path(training.output_dir)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--output_dir {folder} is a file")
@@ -180,8 +160,9 @@ def check_output(training: TrainingArguments) -> None:
 def chosen_options(parsed: list[Any], training: TrainingArguments) -> dict[str, Any]:
     """The options that decide what is trained, as JSON has them; a resumed run must have the same."""
     values = {name: value for options in parsed for name, value in vars(options).items()}
-    values |= {name: getattr(training, name) for name in _DECISIVE}
-    values |= {name: value for name, value in vars(training).items() if name.startswith("multimax_")}
+    values |= {
+        name: value for name, value in vars(training).items() if name in _DECISIVE or name.startswith("multimax_")
+    }
     return json.loads(json.dumps(values, default=str))
 
 
@@ -227,10 +208,9 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def build_trainer(job: Job, training: TrainingArguments) -> Trainer:
-    if not len(job.train_dataset):
-        raise DataError(f"there is nothing to train on in {job.data['name']}")
-    if not len(job.eval_dataset):
-        raise DataError(f"there is nothing to evaluate on in {job.data['name']}")
+    for dataset, purpose in ((job.train_dataset, "train"), (job.eval_dataset, "evaluate")):
+        if not len(dataset):
+            raise DataError(f"there is nothing to {purpose} on in {job.data['name']}")
     return job.trainer_class(
         model=job.model,
         args=training,
@@ -244,44 +224,40 @@ def build_trainer(job: Job, training: TrainingArguments) -> Trainer:
 
 def run(job: Job, trainer: Trainer, training: TrainingArguments, origin: dict[str, Any]) -> dict[str, Any] | None:
     """Train, evaluate, save the model and then results.json, print the summary."""
-    costs = Costs(training.device)
+    costs = record.Costs(training.device)
     trainer.add_callback(costs)
     begin = time.perf_counter()
     diverged = not train(trainer, training)
     trained = time.perf_counter()
     training.dataloader_drop_last = False  # what is held out counts whole
     metrics = job.evaluate(trainer)
-    evaluated = time.perf_counter()
-    layers = layer_figures(trainer)
+    seconds = {"training_seconds": trained - begin, "evaluation_seconds": time.perf_counter() - trained}
+    layers = record.layer_figures(trainer)
     if not diverged:  # there would be nothing but NaN in it
         trainer.save_model()
     if not trainer.is_world_process_zero():
         return None
-    results = {
-        "kind": "run",
-        "schema": 1,
-        "task": job.task,
-        **origin,
-        "seed": training.seed,
-        "model": model_entry(job.model, job.source),
-        "multimax": dict(job.model.config.multimax) if is_patched(job.model) else None,
-        "data": job.data,
-        "training": training_entry(trainer, training),
-        "metrics": metrics,
-        "curve": [curve_point(entry) for entry in trainer.state.log_history if curve_point(entry)],
-        "time": {
-            "training_seconds": trained - begin,
-            "evaluation_seconds": evaluated - trained,
-            "seconds_per_step": typical(costs.wall),
-            "cpu_seconds_per_step": typical(costs.cpu),
-        },
-        "memory": costs.memory or peak_memory(training.device),
-        "layers": layers,
-        **environment(training.device),
-    }
-    results = finite(results)
+    results = record.finite(
+        {
+            "kind": "run",
+            "schema": 1,
+            "task": job.task,
+            **origin,
+            "seed": training.seed,
+            "model": record.model_entry(job.model, job.source),
+            "multimax": dict(job.model.config.multimax) if is_patched(job.model) else None,
+            "data": job.data,
+            "training": record.training_entry(trainer, training),
+            "metrics": metrics,
+            "curve": record.curve(trainer.state.log_history),
+            "time": {**seconds, **costs.step_seconds()},
+            "memory": costs.memory or record.peak_memory(training.device),
+            "layers": layers,
+            **record.environment(training.device),
+        }
+    )
     write_json(Path(training.output_dir) / RESULTS, results)
-    print_summary(results, job.headline, training.output_dir)
+    record.print_summary(results, job.headline, training.output_dir)
     return results
 
 

@@ -1,5 +1,6 @@
 """What a run is recorded by: its costs, its entries of results.json, and the summary that is printed."""
 
+import itertools
 import json
 import logging
 import math
@@ -8,46 +9,23 @@ import platform
 import resource
 import statistics
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import yaml
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import hf_multimax
 from hf_multimax import is_patched, multimax_parameters
 from hf_multimax.cards import layer_modulators
 from hf_multimax.diagnostics import attention_statistics
-from recipes.data import DataError
-
-__all__ = [
-    "RESULTS",
-    "Costs",
-    "curve_point",
-    "environment",
-    "exp",
-    "finite",
-    "layer_figures",
-    "model_entry",
-    "peak_memory",
-    "print_summary",
-    "read_yaml",
-    "recorded_config",
-    "training_entry",
-    "typical",
-    "write_json",
-]
+from hf_multimax.results import Figure
+from recipes.shared.checks import DataError
+from recipes.shared.table import columns
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +64,10 @@ class Costs(TrainerCallback):
     ) -> None:
         self._evaluated = True
 
+    def step_seconds(self) -> dict[str, float | None]:
+        """Of a typical step, None if there was none."""
+        return {"seconds_per_step": typical(self.wall), "cpu_seconds_per_step": typical(self.cpu)}
+
 
 def model_entry(model: PreTrainedModel, source: str | None) -> dict[str, Any]:
     stock = type(model).stock_class if is_patched(model) else type(model)
@@ -114,12 +96,16 @@ def training_entry(trainer: Trainer, training: TrainingArguments) -> dict[str, A
     }
 
 
-def curve_point(entry: dict[str, Any]) -> dict[str, Any]:
-    """The losses of an entry of the Trainer's log; empty for others."""
-    names = [name for name in ("loss", "eval_loss", "grad_norm") if name in entry]
-    if not {"loss", "eval_loss"} & set(names):
-        return {}
-    return {"step": entry["step"]} | {name: float(entry[name]) for name in names}
+def curve(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The losses in the Trainer's log."""
+    return [
+        {"step": entry["step"]} | {name: float(entry[name]) for name in _LOSSES + ("grad_norm",) if name in entry}
+        for entry in log_history
+        if any(name in entry for name in _LOSSES)
+    ]
+
+
+_LOSSES = ("loss", "eval_loss")
 
 
 def finite(value: Any) -> Any:
@@ -136,20 +122,21 @@ def typical(seconds: list[float]) -> float | None:
     return statistics.median(seconds[min(5, len(seconds) // 2) :]) if seconds else None
 
 
+def over_seeds(values: Sequence[float]) -> Figure:
+    """A figure by its values; one seed has no deviation."""
+    return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
 def layer_figures(trainer: Trainer, batches: int = 2) -> dict[str, dict[str, Any]]:
     """The measures and scalars of every attention layer, on the first evaluation batches of this process."""
-    loader = iter(trainer.get_eval_dataloader())
-    chosen = [batch for batch, _ in zip(loader, range(batches))]
-    model = trainer.model
     figures: dict[str, dict[str, Any]] = {}
     try:
-        statistics_ = attention_statistics(model, chosen)
+        chosen = itertools.islice(trainer.get_eval_dataloader(), batches)
+        for layer, measures in attention_statistics(trainer.model, chosen).items():
+            figures[layer] = {name: measure.value for name, measure in measures.items()}
     except ValueError as error:  # MultiMax in the output only, or a stock model beyond the attention interface
         logger.info(f"no measures of attention: {error}")
-        statistics_ = {}
-    for layer, measures in statistics_.items():
-        figures[layer] = {name: measure.value for name, measure in measures.items()}
-    for layer, scalars in layer_modulators(model).items():
+    for layer, scalars in layer_modulators(trainer.model).items():
         figures.setdefault(layer, {}).update(scalars)
     return figures
 
@@ -198,50 +185,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a file that is there as a whole or not at all."""
+def write_json(path: Path, values: Any) -> None:
+    """Write a file that is there as a whole or not at all; ValueError for NaN, which JSON does not have."""
+    text = json.dumps(values, indent=2, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=2, allow_nan=False)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def print_summary(results: dict[str, Any], headline: tuple[str, ...], folder: str) -> None:
     """One table: the metrics, the cost, and what each layer's attention looks like."""
-    time_, multimax = results["time"], results["multimax"]
+    multimax, model, seconds = results["multimax"], results["model"], results["time"]
+    step = seconds["seconds_per_step"]
     rows = [("normalizer", multimax["normalizer"] if multimax else "softmax")]
-    rows += [(name, _shown(results["metrics"][name])) for name in headline]
+    rows += [(name, shown(results["metrics"][name], "not finite")) for name in headline]
     rows += [
         ("steps", f"{results['training']['steps']:,}"),
         ("processes", f"{results['training']['world_size']}"),
-        ("step, s", "-" if time_["seconds_per_step"] is None else f"{time_['seconds_per_step']:.3f}"),
-        ("training, s", f"{time_['training_seconds']:.1f}"),
+        ("step, s", "-" if step is None else f"{step:.3f}"),
+        ("training, s", f"{seconds['training_seconds']:.1f}"),
         ("peak memory, MB", f"{results['memory']['peak_bytes'] / 1e6:,.0f}"),
-        ("parameters", f"{results['model']['parameters']:,} ({results['model']['multimax_parameters']} of MultiMax)"),
+        ("parameters", f"{model['parameters']:,} ({model['multimax_parameters']} of MultiMax)"),
     ]
     for layer, figures in results["layers"].items():
         measures = [f"{name} {figures[name]:.3f}" for name in _PRINTED if figures.get(name) is not None]
-        if measures:
-            rows.append((layer, ", ".join(measures)))
-    width = max(len(name) for name, _ in rows)
-    print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    print(f"\nModel and {RESULTS} are in {folder}.", flush=True)
+        rows += [(layer, ", ".join(measures))] if measures else []
+    print(f"\n{columns(rows)}\n\nModel and {RESULTS} are in {folder}.", flush=True)
 
 
-def exp(loss: float) -> float:
-    """A perplexity; infinite where a model has diverged."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def _shown(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
+def shown(value: float | None, undefined: str) -> str:
+    """A number with four decimals, or a word where there is none."""
+    return undefined if value is None else f"{value:.4f}"
 
 
 _PRINTED = ("sparsity", "multi_modality", "entropy")

@@ -5,28 +5,14 @@ another process or after an interruption, is the same batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops, ImageEnhance, ImageOps
+from transformers.hf_argparser import HfArg
 
-from recipes.data import DataError
-
-__all__ = [
-    "AugmentationArguments",
-    "OPERATIONS",
-    "cutmix",
-    "erase",
-    "flip",
-    "mix",
-    "mixup",
-    "one_hot",
-    "pad_and_crop",
-    "rand_augment",
-    "random_box",
-    "resized_crop",
-]
+from recipes.shared.checks import DataError, check_numbers
 
 CROPS = ("none", "pad", "resized")
 MAX_MAGNITUDE = 10
@@ -36,45 +22,36 @@ MAX_MAGNITUDE = 10
 class AugmentationArguments:
     """What training images go through; evaluation sees none of it."""
 
-    crop: str = field(
+    crop: str = HfArg(
         default="none",
-        metadata={
-            "help": "none: the whole image; pad: a random crop of the padded image; resized: a crop of random area and "
-            "aspect ratio, resized",
-            "choices": list(CROPS),
-        },
+        help="none: the whole image; pad: a random crop of the padded image; resized: a crop of random area and aspect "
+        "ratio, resized",
+        metadata={"choices": list(CROPS)},
     )
-    crop_padding: int = field(default=2, metadata={"help": "black pixels on each side for crop=pad"})
-    crop_min_area: float = field(default=0.08, metadata={"help": "least share of the area for crop=resized"})
-    flip: bool = field(default=False, metadata={"help": "mirror every second image, left to right"})
-    randaugment_ops: int = field(default=0, metadata={"help": "RandAugment: operations for each image"})
-    randaugment_magnitude: float = field(default=9.0, metadata={"help": f"their mean strength, 0 to {MAX_MAGNITUDE}"})
-    randaugment_std: float = field(default=0.5, metadata={"help": "standard deviation of their strength"})
-    random_erasing: float = field(default=0.0, metadata={"help": "probability that a box of an image becomes noise"})
-    mixup: float = field(default=0.0, metadata={"help": "alpha of mixup's Beta distribution; 0: no mixup"})
-    cutmix: float = field(
-        default=0.0, metadata={"help": "alpha of cutmix's Beta distribution; 0: no cutmix; with both, either at random"}
+    crop_padding: int = HfArg(default=2, help="black pixels on each side for crop=pad")
+    crop_min_area: float = HfArg(default=0.08, help="least share of the area for crop=resized")
+    flip: bool = HfArg(default=False, help="mirror every second image, left to right")
+    randaugment_ops: int = HfArg(default=0, help="RandAugment: operations for each image")
+    randaugment_magnitude: float = HfArg(default=9.0, help=f"their mean strength, 0 to {MAX_MAGNITUDE}")
+    randaugment_std: float = HfArg(default=0.5, help="standard deviation of their strength")
+    random_erasing: float = HfArg(default=0.0, help="probability that a box of an image becomes noise")
+    mixup: float = HfArg(default=0.0, help="alpha of mixup's Beta distribution; 0: no mixup")
+    cutmix: float = HfArg(
+        default=0.0, help="alpha of cutmix's Beta distribution; 0: no cutmix; with both, either at random"
     )
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
             raise DataError(f"--crop must be one of {', '.join(CROPS)}, got {self.crop}")
-        limits = {
-            "crop_padding": (0, np.inf),
-            "crop_min_area": (0, 1),
-            "randaugment_ops": (0, np.inf),
-            "randaugment_magnitude": (0, MAX_MAGNITUDE),
-            "randaugment_std": (0, np.inf),
-            "random_erasing": (0, 1),
-            "mixup": (0, np.inf),
-            "cutmix": (0, np.inf),
-        }
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                ends = f"between {low} and {high}" if high < np.inf else f"at least {low}"
-                raise DataError(f"--{name} must be {ends}, got {getattr(self, name)}")
-        if not self.crop_min_area:
-            raise DataError("--crop_min_area must be more than 0")
+        check_numbers(self, "[0, inf)", "crop_padding", "randaugment_ops", "randaugment_std", "mixup", "cutmix")
+        check_numbers(self, f"[0, {MAX_MAGNITUDE}]", "randaugment_magnitude")
+        check_numbers(self, "(0, 1]", "crop_min_area")
+        check_numbers(self, "[0, 1]", "random_erasing")
+
+    def chosen(self) -> dict[str, Any]:
+        """The options that are not at their defaults."""
+        default = asdict(AugmentationArguments())
+        return {name: value for name, value in asdict(self).items() if value != default[name]}
 
 
 # -- crops and flips ---------------------------------------------------------------------------------------------------
@@ -145,39 +122,17 @@ class _Draw(NamedTuple):
     sign: float
     fill: tuple[int, ...]
 
-
-def _affine(image: Image.Image, draw: _Draw, *matrix: float) -> Image.Image:
-    fill = draw.fill if len(draw.fill) > 1 else draw.fill[0]
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fill)
-
-
-def _rotate(image: Image.Image, draw: _Draw) -> Image.Image:
-    fill = draw.fill if len(draw.fill) > 1 else draw.fill[0]
-    return image.rotate(30 * draw.strength * draw.sign, Image.Resampling.BILINEAR, fillcolor=fill)
+    @property
+    def uncovered(self) -> dict[str, Any]:
+        """How Pillow fills what it uncovers."""
+        return {"resample": Image.Resampling.BILINEAR, "fillcolor": self.fill if len(self.fill) > 1 else self.fill[0]}
 
 
-def _shear_x(image: Image.Image, draw: _Draw) -> Image.Image:
-    return _affine(image, draw, 1, 0.3 * draw.strength * draw.sign, 0, 0, 1, 0)
-
-
-def _shear_y(image: Image.Image, draw: _Draw) -> Image.Image:
-    return _affine(image, draw, 1, 0, 0, 0.3 * draw.strength * draw.sign, 1, 0)
-
-
-def _translate_x(image: Image.Image, draw: _Draw) -> Image.Image:
-    return _affine(image, draw, 1, 0, 0.45 * draw.strength * draw.sign * image.width, 0, 1, 0)
-
-
-def _translate_y(image: Image.Image, draw: _Draw) -> Image.Image:
-    return _affine(image, draw, 1, 0, 0, 0, 1, 0.45 * draw.strength * draw.sign * image.height)
-
-
-def _posterize(image: Image.Image, draw: _Draw) -> Image.Image:
-    return ImageOps.posterize(image, max(1, 4 - int(4 * draw.strength)))
-
-
-def _solarize(image: Image.Image, draw: _Draw) -> Image.Image:
-    return ImageOps.solarize(image, 256 - int(256 * draw.strength))
+def _affine(matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Callable[[Image.Image, _Draw], Image.Image]:
+    """An operation by the affine matrix for an image and a signed strength."""
+    return lambda image, draw: image.transform(
+        image.size, Image.Transform.AFFINE, matrix(image, draw.strength * draw.sign), **draw.uncovered
+    )
 
 
 def _solarize_add(image: Image.Image, draw: _Draw) -> Image.Image:
@@ -195,18 +150,18 @@ OPERATIONS: dict[str, Callable[[Image.Image, _Draw], Image.Image]] = {
     "auto_contrast": lambda image, draw: ImageOps.autocontrast(image),
     "equalize": lambda image, draw: ImageOps.equalize(image),
     "invert": lambda image, draw: ImageChops.invert(image),
-    "rotate": _rotate,
-    "posterize": _posterize,
-    "solarize": _solarize,
+    "rotate": lambda image, draw: image.rotate(30 * draw.strength * draw.sign, **draw.uncovered),
+    "posterize": lambda image, draw: ImageOps.posterize(image, max(1, 4 - int(4 * draw.strength))),
+    "solarize": lambda image, draw: ImageOps.solarize(image, 256 - int(256 * draw.strength)),
     "solarize_add": _solarize_add,
     "color": _enhance(ImageEnhance.Color),
     "contrast": _enhance(ImageEnhance.Contrast),
     "brightness": _enhance(ImageEnhance.Brightness),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": _shear_x,
-    "shear_y": _shear_y,
-    "translate_x": _translate_x,
-    "translate_y": _translate_y,
+    "shear_x": _affine(lambda image, strength: (1, 0.3 * strength, 0, 0, 1, 0)),
+    "shear_y": _affine(lambda image, strength: (1, 0, 0, 0.3 * strength, 1, 0)),
+    "translate_x": _affine(lambda image, strength: (1, 0, 0.45 * strength * image.width, 0, 1, 0)),
+    "translate_y": _affine(lambda image, strength: (1, 0, 0, 0, 1, 0.45 * strength * image.height)),
 }
 
 

@@ -1,0 +1,1 @@
+"""Real data: what is on every machine, packages of Debian, local files, and data sets of the Hub."""

@@ -1,0 +1,269 @@
+"""Labelled images: Fashion-MNIST, folders of images, and data sets of the Hub."""
+
+import gzip
+import os
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from recipes.shared.checks import DataError
+from recipes.shared.data.debian import debian_folder
+from recipes.shared.data.sources import first_line, is_path, reading_with_datasets
+
+BUILT_IN = "fashion-mnist"
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+VALIDATION_SPLITS = ("validation", "val", "valid", "test")
+
+
+class LabelledImages(ABC):
+    """Images that are read one by one.
+
+    Attributes:
+        name: for messages.
+        classes: the names of the classes.
+        labels: ``[n]``, int64, numbers into ``classes``.
+
+    Raises:
+        DataError: for a label outside the classes.
+    """
+
+    def __init__(self, name: str, classes: Sequence[str], labels: Sequence[int] | np.ndarray) -> None:
+        self.name, self.classes, self.labels = name, list(classes), np.asarray(labels, dtype=np.int64)
+        outside = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))
+        if len(outside):
+            raise DataError(
+                f"image {outside[0]} of {name} has the label {self.labels[outside[0]]}, outside its "
+                f"{len(self.classes)} classes (and {len(outside) - 1} more)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def read(self, index: int) -> Image.Image:
+        """One image, decoded; DataError, naming it, if it cannot be."""
+
+    def arrays(self, indices: Sequence[int]) -> np.ndarray | None:
+        """Some images at once, ``[n, height, width, channels]``, uint8, where all lie in memory in one size."""
+        return None
+
+
+class ArrayImages(LabelledImages):
+    """Images ``[n, height, width]`` (grey) or ``[n, height, width, 3]``, uint8, in memory."""
+
+    def __init__(self, name: str, classes: Sequence[str], images: np.ndarray, labels: np.ndarray) -> None:
+        super().__init__(name, classes, labels)
+        self.images = images
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index])
+
+    def arrays(self, indices: Sequence[int]) -> np.ndarray:
+        chosen = self.images[np.asarray(indices)]
+        return chosen[..., None] if chosen.ndim == 3 else chosen
+
+
+class StoredImages(LabelledImages):
+    """Images that are decoded when they are read.
+
+    Args:
+        entries: what ``datasets`` holds of each image, ``{"path": ..., "bytes": ...}``, or None.
+    """
+
+    def __init__(
+        self, name: str, classes: Sequence[str], labels: Sequence[int], entries: Sequence[dict[str, Any] | None]
+    ) -> None:
+        super().__init__(name, classes, labels)
+        self.entries = entries
+
+    def read(self, index: int) -> Image.Image:
+        entry = self.entries[int(index)]
+        path = entry and entry["path"]
+        name = path if path and os.path.isabs(path) else f"image {index} of {self.name}"
+        if entry is None:
+            raise DataError(f"{name} is missing")
+        try:
+            # Photos are stored turned, with a note of that; a pipeline turns them, too.
+            image = ImageOps.exif_transpose(datasets.Image().decode_example(entry))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{name} cannot be read: {error}") from error
+        if image.mode.startswith(("I", "F")):  # converting cuts what is above 255
+            raise DataError(f"{name} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits first")
+        return image
+
+
+def load_images(
+    source: str,
+    train_split: str = "train",
+    validation_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> tuple[LabelledImages, LabelledImages]:
+    """Training and held-out images with the same classes.
+
+    Args:
+        source: ``"fashion-mnist"``, a folder with a folder for each split, or a data set of the Hub as ``name`` or
+            ``name:configuration``.
+        train_split, validation_split: their names; default of the second: the first there is of validation, val,
+            valid and test.
+        image_column, label_column: of a data set of the Hub; default: its only image and class label column.
+
+    Raises:
+        DataError: if there is no such thing, or no images in it.
+    """
+    path = Path(source).expanduser()
+    if source == BUILT_IN:
+        splits = fashion_mnist()
+        train_name, held_out_name = _choose_splits(source, splits, train_split, validation_split)
+        return splits[train_name], splits[held_out_name]
+    if path.is_dir():
+        names = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+        train_name, held_out_name = _choose_splits(source, names, train_split, validation_split)
+        train = read_folder(path / train_name)
+        return train, read_folder(path / held_out_name, train.classes)
+    if path.exists() or is_path(source):
+        raise DataError(f"there is no folder {source}")
+    name, _, configuration = source.partition(":")
+    with reading_with_datasets(f"{source} is neither {BUILT_IN} nor a folder, and cannot be read from the Hub"):
+        splits = datasets.load_dataset(name, configuration or None)
+    train_name, held_out_name = _choose_splits(source, splits, train_split, validation_split)
+    features = splits[train_name].features
+    columns = (
+        _choose_column(source, features, "image", image_column, datasets.Image),
+        _choose_column(source, features, "label", label_column, datasets.ClassLabel),
+    )
+    train = _read_hub(f"{source} ({train_name})", splits[train_name], columns)
+    return train, _read_hub(f"{source} ({held_out_name})", splits[held_out_name], columns, train.classes)
+
+
+def check_readable(images: LabelledImages, indices: Sequence[int], quiet: bool) -> None:
+    """Decode every image once; DataError for the first, in their order, that cannot be."""
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(images.read, map(int, indices))
+        for _ in tqdm(results, f"checking {images.name}", total=len(indices), disable=quiet, leave=False):
+            pass
+
+
+def _choose_splits(source: str, names: Iterable[str], train: str, validation: str | None) -> tuple[str, str]:
+    held_out = validation or next((name for name in VALIDATION_SPLITS if name in names), VALIDATION_SPLITS[0])
+    for name, option in ((train, "train_split"), (held_out, "validation_split")):
+        if name not in names:
+            raise DataError(
+                f"{source} has no split {name!r} (it has {', '.join(names) or 'none'}): give --{option} the right name"
+            )
+    return train, held_out
+
+
+# -- Fashion-MNIST -----------------------------------------------------------------------------------------------------
+
+
+def fashion_mnist() -> dict[str, ArrayImages]:
+    """Fashion-MNIST of Debian's dataset-fashion-mnist: ``train`` with 60,000 and ``test`` with 10,000 28x28 images."""
+    folder = debian_folder("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist")
+    return {
+        split: ArrayImages(
+            f"{BUILT_IN} ({split})",
+            FASHION_MNIST_CLASSES,
+            *(_read_idx(folder / f"{prefix}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1")),
+        )
+        for split, prefix in (("train", "train"), ("test", "t10k"))
+    }
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An array of unsigned bytes from a gzipped IDX file."""
+    try:
+        data = gzip.decompress(path.read_bytes())
+        zeros, kind, dimensions = struct.unpack_from(">HBB", data)
+        shape = struct.unpack_from(f">{dimensions}I", data, 4)
+        if zeros or kind != 0x08:
+            raise ValueError(f"it starts with {data[:4].hex()}")
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        raise DataError(f"{path} is no IDX file of bytes: {first_line(error)}") from error
+
+
+# -- folders and the Hub -----------------------------------------------------------------------------------------------
+
+
+def read_folder(folder: Path, classes: Sequence[str] | None = None) -> StoredImages:
+    """Image files ``folder/<class>/...``.
+
+    Not by ``imagefolder`` of ``datasets``: it knows some names of splits only, gives all splits the classes of any, and
+    passes over a class without images.
+
+    Args:
+        classes: the classes there may be; default: those of the folder.
+    """
+    paths, labels, found = [], [], []
+    for place in sorted(path for path in folder.absolute().iterdir() if path.is_dir()):
+        files = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not files:
+            raise DataError(f"there is no image ({', '.join(SUFFIXES)}) in {place}")
+        if classes is not None and place.name not in classes:
+            raise DataError(f"{place} is a class that the training images do not have: {_some(classes)}")
+        found.append(place.name)
+        labels += [(classes or found).index(place.name)] * len(files)
+        paths += map(str, files)
+    if not found:
+        raise DataError(f"{folder} has no folder of images for each class: <class>/<image>{SUFFIXES[0]}")
+    return StoredImages(
+        str(folder), classes or found, labels, _undecoded(datasets.Dataset.from_dict({"i": paths}), "i")
+    )
+
+
+def _read_hub(
+    name: str, rows: datasets.Dataset, columns: tuple[str, str], classes: Sequence[str] | None = None
+) -> StoredImages:
+    """One split; labels are class labels, or any values of which each is a class."""
+    image, label = columns
+    own, values = getattr(rows.features[label], "names", None), rows.with_format(None)[label][:]
+    if own is None:
+        own = classes or [str(value) for value in sorted({value for value in values if value is not None})]
+        places = {value: place for place, value in enumerate(own)}
+        values = [places.get(str(value)) for value in values]
+    elif classes is not None and own != list(classes):
+        raise DataError(f"the classes of {name} are not those of the training images: {_some(classes)}")
+    return StoredImages(name, own, [-1 if value is None else value for value in values], _undecoded(rows, image))
+
+
+def _undecoded(rows: datasets.Dataset, column: str) -> Sequence[dict[str, Any] | None]:
+    """A column of images as :class:`StoredImages` takes it; it stays in Arrow's memory, which processes share."""
+    rows = rows.with_format(None).select_columns(column)
+    return rows.cast_column(column, datasets.Image(decode=False))[column]
+
+
+def _choose_column(source: str, features: dict[str, Any], what: str, asked: str | None, kind: type) -> str:
+    """The column that is asked for, or the only one of that kind of feature, or the one named ``what``."""
+    if asked is not None and asked not in features:
+        raise DataError(f"{source} has no column {asked}, only {', '.join(features)}: give --{what}_column")
+    fitting = [name for name, feature in features.items() if isinstance(feature, kind)]
+    candidates = [asked] if asked else fitting if len(fitting) == 1 else [name for name in (what,) if name in features]
+    if not candidates:
+        raise DataError(f"{source} has no one {what} column among {', '.join(features)}: give --{what}_column")
+    return candidates[0]
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(list(names)[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,77 @@
+"""Where data comes from: files, data sets of the Hub, and what results.json and model cards say of each source."""
+
+import re
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from recipes.shared.checks import DataError
+
+#: What a model card says of the built-in data.
+ABOUT: dict[str, dict[str, Any]] = {
+    "pydoc": {
+        "description": "the Python language reference (pydoc_data.topics of the standard library)",
+        "language": ["en"],
+        "licence": "PSF-2.0",
+    },
+    "web": {
+        "description": "the World English Bible (Debian package sword-text-web)",
+        "language": ["en"],
+        "licence": "public domain",
+    },
+    "fashion-mnist": {
+        "description": "Fashion-MNIST, 28x28 grey images of clothes in ten classes (Debian dataset-fashion-mnist)",
+        "licence": "MIT",
+    },
+    "help-en-de": {
+        "description": "sentences of LibreOffice's help, English to German (Debian libreoffice-help-en-us and -de)",
+        "language": ["en", "de"],
+        "licence": "MPL-2.0",
+    },
+}
+
+
+def describe(source: str, built_in: Container[str]) -> dict[str, Any]:
+    """The ``data`` entry of results.json for a source: built-in data, a file or folder, or a data set of the Hub."""
+    if source in built_in:
+        return {"name": source, "dataset": None, **ABOUT[source]}
+    path = Path(source).expanduser()
+    name, dataset = (path.absolute().name, None) if path.exists() else (source, re.split("[:@]", source)[0])
+    return {"name": name, "dataset": dataset, "description": name}
+
+
+def is_path(source: str) -> bool:
+    """Whether a source that does not exist must have been meant as a path, not as a name on the Hub."""
+    return Path(source).is_absolute() or source.startswith((".", "~"))
+
+
+def read_file(path: Path) -> str:
+    """A text file in UTF-8; DataError, naming it, if it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def reading_with_datasets(problem: str) -> Iterator[ModuleType]:
+    """Gives the library ``datasets``; what it raises becomes a DataError of one line that begins with ``problem``."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{problem} without `pip install datasets`") from error
+    try:
+        yield datasets
+    except DataError:
+        raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{problem}: {first_line(error.__cause__ or error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
