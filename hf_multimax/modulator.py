@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_multimax.functional import compute_dtype, masked_softmax, modulate
 
-__all__ = ["MultiMax", "Normalizer", "Patched", "is_patched", "multimax_parameters"]
+__all__ = ["MultiMax", "Normalizer", "is_patched", "multimax_parameters"]
 
 
 class Normalizer(nn.LayerNorm):
@@ -64,13 +64,9 @@ class Normalizer(nn.LayerNorm):
         return super()._apply(keep_float32, recurse)
 
 
-class Patched:
-    """What every MultiMax model is an instance of."""
-
-
 def is_patched(model: nn.Module) -> bool:
     """Whether ``model`` is a MultiMax model: patched by ``patch_model``, or loaded from a MultiMax checkpoint."""
-    return isinstance(model, Patched)
+    return getattr(type(model), "_is_multimax_model", False)
 
 
 def multimax_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -42,7 +42,7 @@ from hf_multimax.models.loader_file import write_loader
 from hf_multimax.models.masks import attention_mask
 from hf_multimax.models.output import modulated_forward
 from hf_multimax.models.replacement import check_replacement
-from hf_multimax.modulator import Normalizer, Patched
+from hf_multimax.modulator import Normalizer
 from hf_multimax.normalizers import build_normalizer
 
 __all__ = [
@@ -65,11 +65,12 @@ _PUSH_ARGUMENTS = (
 )
 
 
-class MultiMaxMixin(Patched):
+class MultiMaxMixin:
     """What a generated model class adds to the stock one: construction, guards, loading and saving."""
 
     stock_class: ClassVar[type[PreTrainedModel]]
     model_tags = ["multimax"]
+    _is_multimax_model = True
     _keep_in_fp32_modules_strict: ClassVar[set[str]]
     #: Compute the loss of an output-modulated model, in training, without its logits; set it to False to have them.
     fused_output_loss = True
