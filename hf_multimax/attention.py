@@ -117,8 +117,10 @@ def attention_forward(
     causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)
     weights_wanted = _weights_wanted(module, kwargs)
     sinks = s_aux if s_aux is not None else sinks
-    # A layer that the config leaves out holds None: it shares its config with patched ones and keeps SoftMax.
-    if module.multimax is None and current_backend() == "auto" and not weights_wanted and sinks is None and not softcap:
+    normalizers = _normalizers(module, query.shape[0])
+    # A layer that the config leaves out shares its config with patched ones and keeps the stock model's SoftMax.
+    stock = all(normalizer is None for normalizer, _ in normalizers) and not getattr(module, "_multimax_eager", False)
+    if stock and current_backend() == "auto" and not weights_wanted and sinks is None and not softcap:
         return sdpa_attention_forward(
             module,
             query,
@@ -144,7 +146,7 @@ def attention_forward(
     }
     parts = []
     with no_autocast:
-        for normalizer, rows in _normalizers(module, query.shape[0]):
+        for normalizer, rows in normalizers:
             tensors = (query, key, value, attention_mask, position_bias)
             q, k, v, mask, bias = tensors if rows is None else (_rows_of(x, rows, query.shape[0]) for x in tensors)
             with on_its_device(normalizer):

@@ -1,5 +1,6 @@
 """MultiMax as a module: its parameters, how they start, and why they stay float32."""
 
+import abc
 import contextlib
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_multimax.functional import compute_dtype, masked_softmax, modulate
 
-__all__ = ["MultiMax", "Normalizer"]
+__all__ = ["MultiMax", "Normalizer", "NormalizerSwitch"]
 
 
 class Normalizer(nn.LayerNorm):
@@ -140,34 +141,69 @@ class MultiMax(Normalizer):
         return ", ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False))
 
 
-def active_normalizer(module: nn.Module) -> Normalizer:
-    """The normalizer of a layer; where PEFT wraps what it trains and saves, the one that acts at present."""
-    return module if isinstance(module, Normalizer) else module.reset_parameters.__self__
+class NormalizerSwitch(nn.Module, abc.ABC):
+    """What stands in a normalizer's place and holds several, for instance one for each adapter."""
+
+    @abc.abstractmethod
+    def acting(self) -> Normalizer | None:
+        """The normalizer that acts at present; None where the layer is left to the stock model's SoftMax."""
+
+    @abc.abstractmethod
+    def by_row(self) -> list[Normalizer | None] | None:
+        """The normalizer of each row of the batch, None if all rows have the one that acts."""
 
 
-def normalizers_by_row(module: nn.Module, rows: int) -> list[tuple[Normalizer, Tensor | None]]:
+def active_normalizer(module: nn.Module) -> Normalizer | None:
+    """The normalizer of a layer: of several the one that acts, None for the stock model's SoftMax."""
+    if isinstance(module, Normalizer):
+        return module
+    if isinstance(module, NormalizerSwitch):
+        return module.acting()
+    return module.reset_parameters.__self__  # PEFT's wrapper of what it trains and saves whole
+
+
+def normalizers_by_row(module: nn.Module, rows: int) -> list[tuple[Normalizer | None, Tensor | None]]:
     """The normalizer of every row of a batch: each one that acts, and the indices of its rows (None for all of them).
 
-    PEFT's ``adapter_names`` gives each row an adapter, in a hook of the ``forward`` that attention does not call. An
-    adapter without scalars of its own, and ``"__base__"``, have the layer's.
+    Raises:
+        ValueError: if ``adapter_names`` gave not as many names as there are rows.
+    """
+    acting = acting_by_row(module)
+    if acting is None:
+        return [(active_normalizer(module), None)]
+    if len(acting) != rows:
+        raise ValueError(f"adapter_names has {len(acting)} names for a batch of {rows} rows")
+    groups: dict[Normalizer | None, list[int]] = {}
+    for row, normalizer in enumerate(acting):
+        groups.setdefault(normalizer, []).append(row)
+    return [(normalizer, torch.tensor(where)) for normalizer, where in groups.items()]
+
+
+def normalizer_of_all_rows(module: nn.Module, where: str) -> Normalizer | None:
+    """The one normalizer of a batch in a layer that cannot tell rows apart.
 
     Raises:
-        ValueError: if there are not as many names as rows.
+        ValueError: if ``adapter_names`` was given; the text says where that cannot be served.
+    """
+    if acting_by_row(module) is not None:
+        raise ValueError(f"adapter_names cannot be served in {where}: run the rows of each adapter by themselves")
+    return active_normalizer(module)
+
+
+def acting_by_row(module: nn.Module) -> list[Normalizer | None] | None:
+    """What ``adapter_names``, with which PEFT gives each row an adapter, asks for.
+
+    PEFT puts it into a hook of the ``forward`` that attention does not call. An adapter without scalars of its own, and
+    ``"__base__"``, have the layer's.
     """
     if isinstance(module, Normalizer):
-        return [(module, None)]
+        return None
+    if isinstance(module, NormalizerSwitch):
+        return module.by_row()
     hooks = module._forward_pre_hooks.values()
     names = next((hook.keywords["adapter_names"] for hook in hooks if "adapter_names" in _keywords(hook)), None)
-    if names is None:
-        return [(active_normalizer(module), None)]
-    if len(names) != rows:
-        raise ValueError(f"adapter_names has {len(names)} names for a batch of {rows} rows")
     own = module.modules_to_save
-    groups: dict[Normalizer, list[int]] = {}
-    for row, name in enumerate(names):
-        acting = own[name] if name in own else module.original_module  # noqa: SIM401 - a ModuleDict has no get
-        groups.setdefault(acting, []).append(row)
-    return [(normalizer, torch.tensor(where)) for normalizer, where in groups.items()]
+    return None if names is None else [own[name] if name in own else module.original_module for name in names]  # noqa: SIM401
 
 
 def _keywords(function: Any) -> dict[str, Any]:
@@ -183,7 +219,7 @@ def named_normalizers(model: nn.Module) -> Iterator[tuple[str, Normalizer]]:
                 yield place.removesuffix(".multimax"), module
 
 
-_PEFT_COPY = re.compile(r"\.(original_module|modules_to_save\.[^.]+)$")
+_PEFT_COPY = re.compile(r"\.(original_module|base_layer|(modules_to_save|multimax_adapter_layers)\.[^.]+)$")
 
 
 def _is_count(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """What a patch changes, all of it or none, and the way back.
 
-Of the model: its class; each attention layer's ``multimax`` (a normalizer, or None for a layer left at SoftMax) and
-``_multimax_always_masked``; the class of a layer outside Transformers' AttentionInterface; ``multimax_output``;
+Of the model: its class; each attention layer's ``multimax`` (a normalizer, or None for a layer left at SoftMax),
+``_multimax_always_masked`` and ``_multimax_eager``, whether the stock model's attention was the eager one; the class of a layer outside Transformers' AttentionInterface; ``multimax_output``;
 ``_no_split_modules``, ``_keep_in_fp32_modules_strict`` and ``_keys_to_ignore_on_save``; and ``_multimax_stock``, what
 the last three and the attention implementations were.
 Of its configs, which are first copied, as other models may hold them: their classes, the attention implementation, the
@@ -60,6 +60,7 @@ def attach(
     answering = {name: outside_class(stock_of(type(layer))) for name, layer in selected.outside.items()}
     kinds = mask_kinds(model, layers, selected.outside)
     masked = {name: kinds.get(id(owner_of(model, name).config)) == ADDITIVE for name in layers}
+    eager = {name: owner_of(model, name).config._attn_implementation == "eager" for name in layers}
     copies = _copies_of_configs(model)
     held = (layer.config for layer in (*layers.values(), *selected.outside.values()) if hasattr(layer, "config"))
     parts = [model.config, *held, *(owner_of(model, name).config for name in selected.outside)]
@@ -84,6 +85,7 @@ def attach(
     for name, layer in layers.items():
         changes.set(layer, "multimax", normalizers.get(name))
         changes.set(layer, "_multimax_always_masked", masked[name])
+        changes.set(layer, "_multimax_eager", eager[name])
     for name, layer in selected.outside.items():
         changes.set(layer, "multimax", normalizers[name])
         changes.set(layer, "__class__", answering[name])
@@ -106,8 +108,8 @@ def detach(model: PreTrainedModel, changes: Changes) -> None:
     for name, value in stock["attributes"].items():
         changes.set(model, name, value)
     for layer in attention_layers(model).values():
-        changes.delete(layer, "multimax")
-        changes.delete(layer, "_multimax_always_masked")
+        for name in ("multimax", "_multimax_always_masked", "_multimax_eager"):
+            changes.delete(layer, name)
     for layer in [module for module in model.modules() if isinstance(module, OutsideMixin)]:
         changes.set(layer, "__class__", stock_of(type(layer)))
         changes.delete(layer, "multimax")

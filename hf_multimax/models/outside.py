@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from hf_multimax.attention import scaled_dot_product_multimax
 from hf_multimax.functional import compute_dtype
 from hf_multimax.models.generated import make_class
-from hf_multimax.modulator import Normalizer, normalizers_by_row, on_its_device
+from hf_multimax.modulator import Normalizer, normalizer_of_all_rows, on_its_device
 
 __all__ = ["MASKED", "OutsideMixin", "outside_class"]
 
@@ -37,7 +37,10 @@ def outside_class(stock: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(stock.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        (normalizer, rows), *more = normalizers_by_row(self.multimax, 0)
+        where = f"{stock.__name__}, whose attention is outside Transformers' AttentionInterface"
+        normalizer = normalizer_of_all_rows(self.multimax, where)
+        if normalizer is None:
+            return stock.forward(self, *args, **kwargs)
         with on_its_device(normalizer), _Answers(normalizer) as answers:
             result = stock.forward(self, *args, **kwargs)
         if not answers.given:
