@@ -1,9 +1,10 @@
 """What a patch changes, all of it or none, and the way back.
 
 Of the model: its class; each attention layer's ``multimax`` (a normalizer, or None for a layer left at SoftMax),
-``_multimax_always_masked`` and ``_multimax_eager``, whether the stock model's attention was the eager one; the class of a layer outside Transformers' AttentionInterface; ``multimax_output``;
-``_no_split_modules``, ``_keep_in_fp32_modules_strict`` and ``_keys_to_ignore_on_save``; and ``_multimax_stock``, what
-the last three and the attention implementations were.
+``_multimax_always_masked`` and ``_multimax_eager``, whether the stock model's attention was the eager one; the class of
+a layer outside Transformers' AttentionInterface; ``multimax_output``; ``_no_split_modules``,
+``_keep_in_fp32_modules_strict`` and ``_keys_to_ignore_on_save``; and ``_multimax_stock``, what the last three and the
+attention implementations were.
 Of its configs, which are first copied, as other models may hold them: their classes, the attention implementation, the
 ``multimax`` entry and ``_multimax_masks``.
 """

@@ -5,11 +5,13 @@ A patched model is an instance of a class ``(MultiMaxMixin, <stock class>)`` tha
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -30,6 +32,7 @@ from hf_multimax.models.checkpoint import (
     stored_config,
     weights_path,
 )
+from hf_multimax.models.checkpointing import kept
 from hf_multimax.models.configs import (
     MultiMaxConfigMixin,
     config_class,
@@ -126,6 +129,11 @@ class MultiMaxMixin:
         if self.config.multimax["attention"]:
             check_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, kept(gradient_checkpointing_func), **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Raises ValueError: its masks are made for Transformers' own implementations only."""

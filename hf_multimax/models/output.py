@@ -18,8 +18,8 @@ from hf_multimax.models.fused_output import FusedLoss, captured_input, fused_los
 from hf_multimax.models.replacement import check_class_forward, check_replacement
 from hf_multimax.modulator import (
     Normalizer,
-    active_normalizer,
     acting_by_row,
+    active_normalizer,
     normalizers_by_row,
     on_its_device,
 )

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.models.attachment import attach, detach
 from hf_multimax.models.changes import Changes
+from hf_multimax.models.checkpointing import keep_gradients
 from hf_multimax.models.classes import is_patched, registered_model_class
 from hf_multimax.models.discovery import find_layers
 from hf_multimax.models.divergence import watch
@@ -74,6 +75,7 @@ def patch_model(model: PreTrainedModel, config: MultiMaxConfig | None = None, **
     with Changes() as changes:
         attach(model, options, generated, changes)
     watch(model)
+    keep_gradients(model)
     return model
 
 
@@ -109,6 +111,7 @@ def _patch_whole(
                 for key, parameter in own.named_parameters():
                     parameter.copy_(entries[key])
     watch(model)
+    keep_gradients(model)
     return model
 
 
