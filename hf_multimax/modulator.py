@@ -2,7 +2,6 @@
 
 import abc
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -141,6 +140,10 @@ class MultiMax(Normalizer):
         return ", ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False))
 
 
+class StockSoftMax(Normalizer):
+    """Stands for the SoftMax of a stock model, which Transformers' own attention computes."""
+
+
 class NormalizerSwitch(nn.Module, abc.ABC):
     """What stands in a normalizer's place and holds several, for instance one for each adapter."""
 
@@ -151,6 +154,10 @@ class NormalizerSwitch(nn.Module, abc.ABC):
     @abc.abstractmethod
     def by_row(self) -> list[Normalizer | None] | None:
         """The normalizer of each row of the batch, None if all rows have the one that acts."""
+
+    @abc.abstractmethod
+    def underneath(self) -> Normalizer | None:
+        """The normalizer that was there before the others came, None for the stock model's SoftMax."""
 
 
 def active_normalizer(module: nn.Module) -> Normalizer | None:
@@ -210,16 +217,24 @@ def _keywords(function: Any) -> dict[str, Any]:
     return getattr(function, "keywords", {})
 
 
+def named_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer's name and what stands in its normalizer's place; ``multimax_output`` is the output logits' own."""
+    inside = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        wrapped = getattr(module, "original_module", None)  # by PEFT, of what it trains and saves whole
+        if isinstance(module, Normalizer | NormalizerSwitch) or isinstance(wrapped, Normalizer):
+            inside = f"{name}."
+            yield name.removesuffix(".multimax"), module
+
+
 def named_normalizers(model: nn.Module) -> Iterator[tuple[str, Normalizer]]:
     """Every layer's name and the normalizer that acts in it; ``multimax_output`` is that of the output logits."""
-    for name, module in model.named_modules():
-        if isinstance(module, Normalizer):
-            place = _PEFT_COPY.sub("", name)
-            if active_normalizer(model.get_submodule(place)) is module:
-                yield place.removesuffix(".multimax"), module
-
-
-_PEFT_COPY = re.compile(r"\.(original_module|base_layer|(modules_to_save|multimax_adapter_layers)\.[^.]+)$")
+    for name, module in named_places(model):
+        normalizer = active_normalizer(module)
+        if normalizer is not None:
+            yield name, normalizer
 
 
 def _is_count(value: Any) -> bool:

@@ -29,7 +29,7 @@ from hf_multimax.models.outside import OutsideMixin, outside_class
 from hf_multimax.modulator import Normalizer
 from hf_multimax.normalizers import build_normalizer, get_normalizer
 
-__all__ = ["attach", "detach"]
+__all__ = ["attach", "build_normalizers", "detach", "output_modulator"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ def attach(
     """
     config = _without_impossible_output(model, config, strict)
     selected = select_layers(model, config, strict) if config.attention else Layers()
-    normalizers = _normalizers(config, {**selected.interface, **selected.outside})
-    output = _output_modulator(model, config) if config.output else None
+    normalizers = build_normalizers(config, {**selected.interface, **selected.outside})
+    output = output_modulator(model, config) if config.output else None
     layers = attention_layers(model) if config.attention else {}
     answering = {name: outside_class(stock_of(type(layer))) for name, layer in selected.outside.items()}
     kinds = mask_kinds(model, layers, selected.outside)
@@ -139,7 +139,7 @@ def _without_impossible_output(model: PreTrainedModel, config: MultiMaxConfig, s
     return config
 
 
-def _normalizers(config: MultiMaxConfig, selected: dict[str, nn.Module]) -> dict[str, Normalizer]:
+def build_normalizers(config: MultiMaxConfig, selected: dict[str, nn.Module]) -> dict[str, Normalizer]:
     """The normalizer of every selected layer."""
     per_head = config.per_head or get_normalizer(config.normalizer).per_head
     built = {
@@ -150,7 +150,8 @@ def _normalizers(config: MultiMaxConfig, selected: dict[str, nn.Module]) -> dict
     return built
 
 
-def _output_modulator(model: PreTrainedModel, config: MultiMaxConfig) -> Normalizer:
+def output_modulator(model: PreTrainedModel, config: MultiMaxConfig) -> Normalizer:
+    """The normalizer of the output logits; ValueError if that of ``config`` has no output loss."""
     if not get_normalizer(config.normalizer).modulates_output:
         raise ValueError(
             f"output=True is not possible with the normalizer {config.normalizer!r}: it has no output loss"

@@ -44,7 +44,7 @@ from hf_multimax.models.loader_file import write_loader
 from hf_multimax.models.masks import attention_mask
 from hf_multimax.models.output import modulated_forward
 from hf_multimax.models.replacement import check_replacement
-from hf_multimax.modulator import Normalizer
+from hf_multimax.modulator import Normalizer, NormalizerSwitch, named_places
 from hf_multimax.normalizers import build_normalizer
 
 __all__ = [
@@ -202,11 +202,9 @@ class MultiMaxMixin:
         if "multimax" not in vars(self.config):
             raise ValueError("this MultiMax model's config was replaced by one without a 'multimax' entry: put it back")
         _check_values_to_save(self, state_dict, save_directory)
-        if getattr(self, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                "this MultiMax model has adapters of add_adapter, beside which Transformers would not save its own "
-                "parameters: call delete_adapter first, or use peft.get_peft_model with modules_to_save=['multimax']"
-            )
+        if _saved_as_adapter(self):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
         hub = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if push_to_hub and name in kwargs}
         folder = Path(save_directory)
         before = self._get_files_timestamps(folder) if folder.is_dir() else {}
@@ -227,6 +225,27 @@ class MultiMaxMixin:
         import hf_multimax.hub  # it builds on this module
 
         return hf_multimax.hub.push(self, repo_id, **kwargs)
+
+
+def _saved_as_adapter(model: PreTrainedModel) -> bool:
+    """Whether Transformers saves of a model just the active adapter, as it does with those of ``add_adapter``.
+
+    Raises:
+        ValueError: if scalars would be lost, or adapters and the model's own be mixed up.
+    """
+    places = [module for _, module in named_places(model)]
+    added = getattr(model, "_hf_peft_config_loaded", False)
+    if added and not all(isinstance(module, NormalizerSwitch) and module.underneath() is None for module in places):
+        raise ValueError(
+            "this MultiMax model has adapters of add_adapter, beside which Transformers would not save its own "
+            "parameters: call delete_adapter first, or use peft.get_peft_model with modules_to_save=['multimax']"
+        )
+    if not added and any(isinstance(module, NormalizerSwitch) for module in places):
+        raise ValueError(
+            "this model holds MultiMax adapters: save the PeftModel around it, which writes them, or what its "
+            "merge_and_unload() or unload() gives"
+        )
+    return added
 
 
 def _with_entry(cls: type[Any], config: PreTrainedConfig, stored: dict[str, Any]) -> PreTrainedConfig:
