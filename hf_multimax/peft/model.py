@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -41,6 +41,12 @@ class MultiMaxAdapterModel(BaseTuner):
             "either. Choose one with set_adapter, or give each row its own with adapter_names"
         )
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.peft_config:  # each layer has chosen one of its own
+            self.set_adapter(self.active_adapters or [next(iter(self.peft_config))])
+
     def _prepare_adapter_config(self, peft_config: MultiMaxAdapterConfig, model_config: dict) -> MultiMaxAdapterConfig:
         return peft_config
 
@@ -58,11 +64,12 @@ class MultiMaxAdapterModel(BaseTuner):
             unpatch_model(model)  # its adapters were deleted: the next one may be of another kind
         if is_patched(model):
             check_same(peft_config, model)
-            self._fresh = _is_stock_underneath(model)
             self._make_room(peft_config, model, wanted)
         else:
             patch_model(model, patch_config(model, peft_config, layers, peft_config.output))
-            self._fresh = True
+            with Changes() as changes:
+                for name in wanted:
+                    _put(model, name, StockSoftMax(), changes)
         self._places = [place_of(name) for name in wanted]
 
     def _make_room(self, peft_config: MultiMaxAdapterConfig, model: PreTrainedModel, wanted: list[str]) -> None:
@@ -71,12 +78,12 @@ class MultiMaxAdapterModel(BaseTuner):
         missing = [name for name in wanted if name not in present]
         if not missing:
             return
-        if not self._fresh:
+        if not _is_stock_underneath(model):
             raise ValueError(
                 f"the adapter asks for scalars in {', '.join(missing[:6])}, where this patched {type(model).__name__} "
                 "has SoftMax: leave them out with exclude= (or output=False), or patch the model there, too"
             )
-        _rebuild(model, peft_config, present, missing)
+        _rebuild(model, peft_config, {**present, **{name: StockSoftMax() for name in missing}})
 
     def _check_target_module_exists(self, peft_config: MultiMaxAdapterConfig, key: str) -> bool:
         return key in self._places
@@ -91,20 +98,17 @@ class MultiMaxAdapterModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if isinstance(target, MultiMaxLayer):
-            layer = target
-            normalizer = self._new(peft_config, current_key) if self._fresh else copy.deepcopy(layer.base_layer)
-        elif isinstance(target, Normalizer):
-            layer = MultiMaxLayer(StockSoftMax() if self._fresh else target, adapter_name)
-            normalizer = target if self._fresh else copy.deepcopy(target)
-            setattr(parent, target_name, layer)
-        else:
+        if not isinstance(target, MultiMaxLayer | Normalizer):
             raise ValueError(
                 f"{current_key} is trained and saved whole by an adapter of another kind (modules_to_save): give the "
                 "model one or the other"
             )
+        layer = target if isinstance(target, MultiMaxLayer) else MultiMaxLayer(target, adapter_name)
+        underneath = layer.underneath()
+        normalizer = self._new(peft_config, current_key) if underneath is None else copy.deepcopy(underneath)
         layer.multimax_adapter_layers[adapter_name] = normalizer.requires_grad_(adapter_name in layer.active_adapters)
         layer.train(parent.training)
+        setattr(parent, target_name, layer)
 
     def _new(self, peft_config: MultiMaxAdapterConfig, key: str) -> Normalizer:
         """Scalars as they start on a stock model."""
@@ -198,18 +202,15 @@ def _rebuild(
     model: PreTrainedModel,
     config: MultiMaxAdapterConfig | None,
     modules: dict[str, nn.Module],
-    more: Sequence[str] = (),
 ) -> None:
     """Patch a model that holds adapters anew, whole or not at all.
 
     Args:
         config: of an adapter. Its normalizer, order and so on are the model's.
         modules: what is to stand in the normalizers' places, by the layer's name; with none the model is a stock one.
-        more: where fresh normalizers are to stand.
     """
-    names = [*modules, *more]
-    layers, output = [name for name in names if name != OUTPUT], OUTPUT in names
-    options = patch_config(model, config, layers, output) if names else None
+    layers = [name for name in modules if name != OUTPUT]
+    options = patch_config(model, config, layers, OUTPUT in modules) if modules else None
     with Changes() as changes:
         detach(model, changes)
         if options is not None:
