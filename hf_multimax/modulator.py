@@ -159,6 +159,10 @@ class NormalizerSwitch(nn.Module, abc.ABC):
     def underneath(self) -> Normalizer | None:
         """The normalizer that was there before the others came, None for the stock model's SoftMax."""
 
+    @abc.abstractmethod
+    def holds_others(self) -> bool:
+        """Whether there are others at present."""
+
 
 def active_normalizer(module: nn.Module) -> Normalizer | None:
     """The normalizer of a layer: of several the one that acts, None for the stock model's SoftMax."""

@@ -16,7 +16,7 @@ from hf_multimax.models.classes import is_patched, registered_model_class
 from hf_multimax.models.discovery import find_layers
 from hf_multimax.models.divergence import watch
 from hf_multimax.models.doors import patched_parts
-from hf_multimax.modulator import Normalizer, named_normalizers
+from hf_multimax.modulator import Normalizer, NormalizerSwitch, named_normalizers
 
 __all__ = [
     "freeze_base",
@@ -147,6 +147,8 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not is_patched(model):
         raise ValueError(f"this {type(model).__name__} is not a MultiMax model: there is nothing to unpatch")
+    if any(isinstance(module, NormalizerSwitch) and module.holds_others() for module in model.modules()):
+        raise ValueError("this model holds MultiMax adapters: call unload() on the PeftModel around it")
     with Changes() as changes:
         detach(model, changes)
     return model

@@ -42,6 +42,9 @@ class MultiMaxLayer(NormalizerSwitch, BaseTunerLayer):
     def underneath(self) -> Normalizer | None:
         return self._normalizer_of(None)
 
+    def holds_others(self) -> bool:
+        return len(self.multimax_adapter_layers) > 0
+
     def forward(self, x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         """Probabilities along ``dim``, as a normalizer gives them."""
         return (self.acting() or self.base_layer)(x, dim, mask)

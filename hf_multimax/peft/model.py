@@ -60,7 +60,7 @@ class MultiMaxAdapterModel(BaseTuner):
             patch_model(model)  # raises
         layers = peft_config.layers(model)
         wanted = [*layers, *([OUTPUT] if peft_config.output else [])]
-        if _is_stock_underneath(model) and not any(layer.multimax_adapter_layers for layer in _layers(model).values()):
+        if _is_stock_underneath(model) and not any(layer.holds_others() for layer in _layers(model).values()):
             unpatch_model(model)  # its adapters were deleted: the next one may be of another kind
         if is_patched(model):
             check_same(peft_config, model)
@@ -169,8 +169,10 @@ class MultiMaxAdapterModel(BaseTuner):
     ) -> PreTrainedModel:
         layers = _layers(self.model)
         if merge:
-            for layer in layers.values():
-                layer.merge(safe_merge, adapter_names)
+            with Changes() as changes:
+                for layer in layers.values():
+                    changes.set(layer, "merged_adapters", [*layer.merged_adapters])
+                    layer.merge(safe_merge, adapter_names)
         standing = {name: layer.standing() for name, layer in layers.items()}
         if _is_stock_underneath(self.model):
             merged = next((name for layer in layers.values() for name in layer.merged_adapters), None)
