@@ -48,7 +48,7 @@ def prepare_base(
         config: of the adapter; None for what is in its folder.
 
     Returns:
-        The scalars that an adapter of another kind has under modules_to_save, by the names of its file.
+        The adapter's scalars, by the names of its file.
 
     Raises:
         ValueError: if the adapter carries scalars that the base cannot take, or was trained on a MultiMax model whose
@@ -69,7 +69,7 @@ def prepare_base(
     _check_base(base, adapter, record, bool(scalars) and not ours)
     if ours:
         _check_ours(base, config, scalars, adapter, hub)
-        return {}
+        return scalars
     if not is_patched(base) and scalars:
         patch_model(base, MultiMaxConfig.from_dict(record["multimax"]))
     homeless = sorted({_layer(key) for key in scalars} - {name for name, _ in named_places(base)})
@@ -85,7 +85,9 @@ def put_scalars(base: nn.Module, scalars: dict[str, Tensor], adapter: str) -> No
     """See to it that an adapter that was loaded has its scalars, which not every version of Transformers puts in."""
     for key, value in scalars.items():
         place, _, entry = key.removeprefix(KEY_PREFIX).rpartition(".")
-        copies = getattr(base.get_submodule(place), "modules_to_save", {})
+        place = place.removesuffix(f".{CONTAINER}")
+        module = base.get_submodule(place)
+        copies = getattr(module, CONTAINER, getattr(module, "modules_to_save", {}))
         if adapter not in copies:
             raise ValueError(
                 f"the adapter {adapter!r} carries {key}, but its adapter_config.json does not list that module under "
