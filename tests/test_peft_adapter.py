@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from models import inputs_for, make
 from peft import (
     AutoPeftModelForCausalLM,
@@ -251,6 +252,18 @@ def test_a_new_head_is_trained_with_it(tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path)), expected)
     assert torch.equal(logits(model.merge_and_unload()), expected)
+
+
+def test_the_card_says_what_it_is_once(tmp_path):
+    model = adapted(task_type="CAUSAL_LM")
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "multimax" in card.data.tags and card.data.library_name == "peft"
+    assert card.text.count("## Learned attention") == 1
+    assert "`multimax`, whose 16 scalars in 2 places" in card.text and "pip install hf-multimax" in card.text
+    get_peft_model(stock(), LoraConfig(target_modules=["c_attn"])).save_pretrained(tmp_path / "lora")
+    assert "Learned attention" not in (tmp_path / "lora" / "README.md").read_text()
 
 
 # -- several -----------------------------------------------------------------------------------------------------------

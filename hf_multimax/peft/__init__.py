@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise ImportError("MultiMaxAdapterConfig needs PEFT: pip install 'peft>=0.19.1'") from error
+        raise ImportError("MultiMaxAdapterConfig needs PEFT: pip install 'peft>=0.20'") from error
     from hf_multimax.peft import bridge
 
     bridge.register()

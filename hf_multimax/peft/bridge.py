@@ -49,7 +49,7 @@ def register() -> None:
     except (ImportError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise RuntimeError(
             f"MultiMax cannot be registered with PEFT {importlib.metadata.version('peft')} ({error!r}): "
-            "install a version from 0.19.1 to 0.21, or a newer hf-multimax"
+            "install a version from 0.20 to 0.21, or a newer hf-multimax"
         ) from error
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_multimax.models.checkpoint import check_finite, is_multimax_key
 from hf_multimax.peft.base import check_modules_to_save, prepare_base, put_scalars, write_record
+from hf_multimax.peft.card import add_to_card
 from hf_multimax.peft.files import HUB_ARGUMENTS
 
 __all__ = ["wrap_peft", "wrap_transformers"]
@@ -65,7 +66,9 @@ def wrap_peft(peft: ModuleType) -> None:
         check_finite(base, f"are not saved to {str(save_directory)!r}")
         save(self, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            for name in kwargs.get("selected_adapters") or self.peft_config:
+            names = list(kwargs.get("selected_adapters") or self.peft_config)
+            add_to_card(base, Path(save_directory, "README.md"), names)
+            for name in names:
                 write_record(base, Path(save_directory, *([name] if name != "default" else [])), name)
 
     @functools.wraps(inject)
