@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
+from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from models import inputs_for, make
 from peft import (
@@ -728,24 +729,54 @@ def test_the_trainer_trains_only_the_scalars_and_resumes(kind, tmp_path):
 # -- being known to PEFT -----------------------------------------------------------------------------------------------
 
 
-def python(code, *arguments):
+def python(code, *arguments, **environment):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("first", ["import hf_multimax, peft", "import peft, hf_multimax"])
-def test_a_fresh_process_needs_only_the_import(first, tmp_path):
+def test_through_the_hub(tmp_path):
+    model = adapted(task_type="CAUSAL_LM")
+    model.save_pretrained(tmp_path / "adapter")
+    stock().save_pretrained(tmp_path / "base")
+    torch.save({"inputs": batch(model), "logits": logits(model)}, tmp_path / "expected.pt")
+    code = """
+import sys, torch, hf_multimax
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+def base():
+    return AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/base", attn_implementation="eager")
+expected = torch.load(sys.argv[1] + "/expected.pt")
+name = "me/attention"
+if sys.argv[2] == "push":
+    PeftModel.from_pretrained(base(), sys.argv[1] + "/adapter").push_to_hub(name)
+    PeftModel.from_pretrained(base(), sys.argv[1] + "/adapter").push_to_hub(name, revision="other", create_pr=False)
+else:
+    found = [PeftModel.from_pretrained(base(), name, **options) for options in ({}, {"revision": "other"})]
+    found.append(base())
+    found[-1].load_adapter(name)
+    for model in found:
+        with torch.no_grad():
+            print((model(**expected["inputs"]).logits - expected["logits"]).abs().max().item())
+"""
+    with HubServer() as hub:
+        hub.users[TOKEN] = "me"
+        python(code, tmp_path, "push", **hub.environment(tmp_path / "pusher"))
+        said = python(code, tmp_path, "load", **hub.environment(tmp_path / "stranger"))
+    assert said.split() == ["0.0"] * 3
+
+
+def test_a_fresh_process_needs_only_the_import(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path / "adapter")
     base = stock()
     base.save_pretrained(tmp_path / "base")
     torch.save({"inputs": batch(model), "logits": logits(model)}, tmp_path / "expected.pt")
-    code = f"""
-{first}
+    code = """
+import peft, hf_multimax  # the other way round in the test before
 import sys, torch
 from transformers import AutoModelForCausalLM
 expected = torch.load(sys.argv[1] + "/expected.pt")
