@@ -50,6 +50,7 @@ from hf_multimax.normalizers import build_normalizer
 __all__ = [
     "MultiMaxAutoConfig",
     "MultiMaxMixin",
+    "check_values_to_save",
     "is_patched",
     "register_extension_points",
     "registered_config_class",
@@ -201,7 +202,7 @@ class MultiMaxMixin:
         """As every ``save_pretrained``, and the loader file. With ``push_to_hub`` what it wrote is published."""
         if "multimax" not in vars(self.config):
             raise ValueError("this MultiMax model's config was replaced by one without a 'multimax' entry: put it back")
-        _check_values_to_save(self, state_dict, save_directory)
+        check_values_to_save(self, state_dict, save_directory)
         if _saved_as_adapter(self):
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
             return
@@ -259,7 +260,7 @@ def _with_entry(cls: type[Any], config: PreTrainedConfig, stored: dict[str, Any]
     return cls.config_class.from_dict({**values, "model_type": cls.config_class.model_type, "multimax": entry})
 
 
-def _check_values_to_save(model: nn.Module, state_dict: dict[str, Any] | None, where: Any) -> None:
+def check_values_to_save(model: nn.Module, state_dict: dict[str, Any] | None, where: Any) -> None:
     """Raise ValueError before NaN is saved, perhaps over something better.
 
     A given state dict is what counts: the model's own parameters may be spread over processes that do not all save.

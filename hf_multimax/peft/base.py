@@ -15,23 +15,28 @@ from hf_multimax.models.patching import is_patched, patch_model
 from hf_multimax.modulator import MultiMax, Normalizer, NormalizerSwitch, named_places
 from hf_multimax.peft.bridge import CONTAINER, is_ours
 from hf_multimax.peft.files import HUB_ARGUMENTS, RECORD, read_config, read_record, read_scalars, scalars_among
-from hf_multimax.peft.fit import KEY_PREFIX, SHARED_FIELDS, check_finite_scalars, check_same, check_scalars
+from hf_multimax.peft.fit import KEY_PREFIX, SHARED_FIELDS, check_finite_scalars, check_same, check_scalars, place_of
 
 __all__ = ["check_modules_to_save", "prepare_base", "put_scalars", "write_record"]
 
 
-def write_record(base: nn.Module, folder: Path, adapter: str) -> None:
-    """Write beside an adapter what its base was, if that was a MultiMax model."""
+def write_record(base: nn.Module, folder: Path, adapter: str, state_dict: dict[str, Any] | None = None) -> None:
+    """Write beside an adapter what its base was, if that was a MultiMax model.
+
+    Args:
+        state_dict: of the PeftModel, where its parameters are spread over processes.
+    """
     entry = getattr(getattr(base, "config", None), "multimax", None)
     if entry is None or not folder.is_dir():
         return
     places = [module for _, module in named_places(base)]
-    if not any(isinstance(module, NormalizerSwitch) and module.underneath() is None for module in places):
-        record = {
-            "multimax": entry,
-            "base_is_softmax": all(_is_softmax(rest) for rest in _not_carried(places, adapter)),
-        }
-        (folder / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if any(isinstance(module, NormalizerSwitch) and module.underneath() is None for module in places):
+        return  # it was stock
+    values = dict(base.named_parameters()) if state_dict is None else state_dict
+    values = {name.removeprefix(KEY_PREFIX): value for name, value in values.items()}
+    softmax = all(_is_softmax(rest, name, values) for name, rest in _not_carried(base, adapter))
+    record = {"multimax": entry, "base_is_softmax": softmax}
+    (folder / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def prepare_base(
@@ -164,17 +169,19 @@ def _layer(key: str) -> str:
     return layer.removesuffix(".multimax")
 
 
-def _not_carried(places: list[nn.Module], adapter: str) -> Iterator[Normalizer]:
-    """The base's own normalizers in whose place the adapter has none."""
-    for module in places:
-        own = getattr(module, CONTAINER, getattr(module, "modules_to_save", {}))
-        if adapter not in own:
-            yield getattr(module, "base_layer", getattr(module, "original_module", module))
+def _not_carried(base: nn.Module, adapter: str) -> Iterator[tuple[str, Normalizer]]:
+    """The base's own normalizers in whose place the adapter has none, by name."""
+    for name, module in named_places(base):
+        if adapter not in getattr(module, CONTAINER, getattr(module, "modules_to_save", {})):
+            part = next((part for part in ("base_layer", "original_module") if hasattr(module, part)), None)
+            place = place_of(name)
+            yield (place, module) if part is None else (f"{place}.{part}", getattr(module, part))
 
 
-def _is_softmax(normalizer: Normalizer) -> bool:
-    """Whether a normalizer is SoftMax by its present parameters."""
+def _is_softmax(normalizer: Normalizer, name: str, values: dict[str, Any]) -> bool:
+    """Whether a normalizer is SoftMax by the present values of its parameters."""
     if not isinstance(normalizer, MultiMax):
         return False
-    plain = normalizer.scale is None or bool((normalizer.scale == 1).all() and (normalizer.shift == 0).all())
-    return plain and not normalizer.ts.any()
+    neutral = {"ts": 0, "scale": 1, "shift": 0}
+    entries = [entry for entry, _ in normalizer.named_parameters() if entry in neutral]
+    return all(bool((values[f"{name}.{entry}"] == neutral[entry]).all()) for entry in entries)

@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_multimax.models.checkpoint import check_finite, is_multimax_key
+from hf_multimax.models.checkpoint import is_multimax_key
+from hf_multimax.models.classes import check_values_to_save
 from hf_multimax.peft.base import check_modules_to_save, prepare_base, put_scalars, write_record
 from hf_multimax.peft.card import add_to_card
 from hf_multimax.peft.files import HUB_ARGUMENTS
@@ -63,13 +64,15 @@ def wrap_peft(peft: ModuleType) -> None:
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         base = self.get_base_model()
-        check_finite(base, f"are not saved to {str(save_directory)!r}")
+        state_dict = kwargs.get("state_dict")
+        check_values_to_save(base, state_dict, save_directory)
         save(self, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             names = list(kwargs.get("selected_adapters") or self.peft_config)
             add_to_card(base, Path(save_directory, "README.md"), names)
             for name in names:
-                write_record(base, Path(save_directory, *([name] if name != "default" else [])), name)
+                folder = Path(save_directory, *([name] if name != "default" else []))
+                write_record(base, folder, name, state_dict)
 
     @functools.wraps(inject)
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
