@@ -33,6 +33,7 @@ from transformers.utils import ModelOutput
 
 from hf_multimax.models.discovery import attention_layers
 from hf_multimax.training import MultiMaxTrainingArguments
+from recipes.adapters import with_adapter
 from recipes.augmentation import AugmentationArguments
 from recipes.common import Job, main
 from recipes.data import DataError
@@ -127,7 +128,7 @@ def make_job(
     add_stochastic_depth(model, arguments.stochastic_depth)
     smoothing = training.label_smoothing_factor
     shape = {"processor": processor, "size": size, "channels": channels}
-    return Job(
+    job = Job(
         task="image-classification",
         model=model,
         processing_class=processor,
@@ -152,6 +153,7 @@ def make_job(
         # The models' own losses take no probabilities as labels.
         trainer_options={"compute_loss_func": image_loss, "compute_metrics": compute_metrics},
     )
+    return with_adapter(job, options)
 
 
 def choose(images: LabelledImages, most: int | None) -> np.ndarray:

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_multimax.training import MultiMaxTrainingArguments
+from recipes.adapters import with_adapter
 from recipes.common import Job, main
 from recipes.data import BUILT_IN_TEXTS, DataError, describe_text, encode, load_text, train_tokenizer
 from recipes.models import ModelArguments, build_model
@@ -108,7 +109,7 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
         if not len(part):
             raise DataError(f"{name} has less than one window of {context} tokens: give more text or a smaller context")
     held_out.cut(text.max_eval_windows)
-    return Job(
+    job = Job(
         task="text-generation",
         model=model,
         processing_class=tokenizer,
@@ -128,6 +129,7 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
         headline=("perplexity", "byte_perplexity"),
         source=options.model,
     )
+    return with_adapter(job, options)
 
 
 def read_texts(text: TextArguments) -> tuple[str, str]:

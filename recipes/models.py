@@ -14,11 +14,12 @@ from transformers import (
 from hf_multimax import MultiMaxConfig, is_patched, patch_model, registered_normalizers
 from recipes.data import DataError
 
-__all__ = ["SOFTMAX", "ModelArguments", "build_model", "normalizer_config"]
+__all__ = ["ADAPTERS", "SOFTMAX", "ModelArguments", "build_model", "normalizer_config"]
 
 logger = logging.getLogger(__name__)
 
 SOFTMAX = "softmax"
+ADAPTERS = ("multimax", "lora", "lora+multimax")
 
 
 @dataclass
@@ -49,6 +50,11 @@ class ModelArguments:
     )
     include: str | None = field(default=None, metadata={"help": "regular expression: only these attention layers"})
     exclude: str | None = field(default=None, metadata={"help": "regular expression: not these attention layers"})
+
+    adapter: str | None = field(
+        default=None,
+        metadata={"help": "train and save only that of a checkpoint: multimax (the scalars), lora or lora+multimax"},
+    )
 
     def __post_init__(self) -> None:
         for name in ("model_config", "normalizer_kwargs"):
@@ -119,7 +125,7 @@ def build_model(options: ModelArguments, make_stock: Callable[[], PreTrainedMode
                 f"the checkpoint {options.model} is patched already, with {has}: leave out --normalizer and its "
                 "options, or start from the stock checkpoint"
             )
-    elif config is not None:
+    elif config is not None and options.adapter in (None, "lora+multimax"):  # others are for the stock model
         patch_model(model, config)
     set_seed(seed + 1)
     return model
