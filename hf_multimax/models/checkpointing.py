@@ -28,8 +28,17 @@ def kept(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checkpointed(checkpoint: Callable[..., Any], block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if torch.is_grad_enabled() and not any(isinstance(x, Tensor) and x.requires_grad for x in args):
+    needed = torch.is_grad_enabled() and not any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    if needed and _is_trained(block):
         first = next((i for i, x in enumerate(args) if isinstance(x, Tensor) and x.is_floating_point()), None)
         if first is not None:
             args = (*args[:first], args[first].detach().requires_grad_(), *args[first + 1 :])
     return checkpoint(block, *args, **kwargs)
+
+
+def _is_trained(block: Callable[..., Any]) -> bool:
+    """Whether a block, which Transformers gives as a method or a function of the module, has trainable parameters."""
+    function = getattr(block, "func", block)
+    holders = (*getattr(block, "args", ()), getattr(function, "__self__", None), function)
+    modules = [holder for holder in holders if isinstance(holder, nn.Module)]
+    return not modules or any(p.requires_grad for module in modules for p in module.parameters())

@@ -183,5 +183,5 @@ def _is_softmax(normalizer: Normalizer, name: str, values: dict[str, Any]) -> bo
     if not isinstance(normalizer, MultiMax):
         return False
     neutral = {"ts": 0, "scale": 1, "shift": 0}
-    entries = [entry for entry, _ in normalizer.named_parameters() if entry in neutral]
-    return all(bool((values[f"{name}.{entry}"] == neutral[entry]).all()) for entry in entries)
+    own = {entry: p for entry, p in normalizer.named_parameters() if entry in neutral}
+    return all(bool((values.get(f"{name}.{entry}", p) == neutral[entry]).all()) for entry, p in own.items())

@@ -121,7 +121,8 @@ class MultiMaxAdapterModel(BaseTuner):
         """Keep the scalars in float32, and where their layer is."""
         for name, layer in _layers(self.model).items():
             if adapter_name in layer.multimax_adapter_layers:
-                around = self.model.get_submodule(name.removesuffix(".multimax")) if name != OUTPUT else self.model
+                head = self.model.get_output_embeddings() or self.model
+                around = head if name == OUTPUT else self.model.get_submodule(name)
                 device = next((p.device for n, p in around.named_parameters() if PREFIX not in n), None)
                 for parameter in layer.multimax_adapter_layers[adapter_name].parameters():
                     parameter.data = parameter.data.float()
