@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_multimax.config import MultiMaxConfig
@@ -99,8 +100,9 @@ def put_scalars(base: nn.Module, scalars: dict[str, Tensor], adapter: str) -> No
                 "modules_to_save, so that it is not in use: add 'multimax' there"
             )
         parameter = copies[adapter].get_parameter(entry)
-        with torch.no_grad():
-            parameter.copy_(value)
+        if not isinstance(parameter, DTensor):  # sharded: whoever shards puts values in by parts
+            with torch.no_grad():
+                parameter.copy_(value)
 
 
 def _check_base(base: nn.Module, adapter: Any, record: dict[str, Any] | None, carries: bool) -> None:

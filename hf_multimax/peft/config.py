@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftType
 from transformers import PreTrainedModel
 
@@ -45,7 +46,9 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
         MultiMaxConfig.__post_init__(self)
         PeftConfig.__post_init__(self)
         self.peft_type = PeftType(TYPE)
-        if not list(build_normalizer(self, None).parameters()):
+        with torch.device("meta"):
+            learned = list(build_normalizer(self, None).parameters())
+        if not learned:
             raise ValueError(
                 f"normalizer={self.normalizer!r} with normalizer_kwargs={self.normalizer_kwargs!r} learns nothing, so "
                 "that an adapter of it would be empty: take one that learns, or call patch_model"

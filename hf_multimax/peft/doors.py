@@ -58,7 +58,7 @@ def wrap_peft(peft: ModuleType) -> None:
 
     @functools.wraps(from_pretrained.__func__)
     def wrapped_from_pretrained(cls: type, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        prepare_base(model, model_id, kwargs, config=kwargs.get("config"))
+        prepare_base(model, model_id, kwargs, config=args[2] if len(args) > 2 else kwargs.get("config"))
         return from_pretrained.__func__(cls, model, model_id, *args, **kwargs)
 
     @functools.wraps(save)

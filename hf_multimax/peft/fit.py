@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -43,9 +44,10 @@ def check_scalars(
     Args:
         container: the name, inside the normalizer's place, of what holds the scalars of adapters.
     """
-    built = build_normalizers(config, {name: model.get_submodule(name) for name in layers})
-    if config.output:
-        built[OUTPUT] = output_modulator(model, config)
+    with torch.random.fork_rng(devices=[]):  # only the shapes are wanted
+        built = build_normalizers(config, {name: model.get_submodule(name) for name in layers})
+        if config.output:
+            built[OUTPUT] = output_modulator(model, config)
     expected = {
         f"{place_of(name)}.{container}.{entry}": list(parameter.shape)
         for name, normalizer in built.items()
@@ -73,10 +75,10 @@ def check_same(config: MultiMaxConfig, model: PreTrainedModel) -> None:
     other = {name: theirs[name] for name in SHARED_FIELDS if theirs[name] != getattr(config, name)}
     if other:
         mine = ", ".join(f"{name}={getattr(config, name)!r}" for name in other)
-        model_s = ", ".join(f"{name}={value!r}" for name, value in other.items())
+        its = ", ".join(f"{name}={value!r}" for name, value in other.items())
         raise ValueError(
-            f"this {type(model).__name__} is patched with {model_s} already, and the adapter says {mine}: give it the "
-            f"model's, MultiMaxAdapterConfig({model_s}), or load it on another copy of the base"
+            f"this {type(model).__name__} is patched with {its} already, and the adapter says {mine}: give it the "
+            f"model's, MultiMaxAdapterConfig({its}), or load it on another copy of the base"
         )
 
 
