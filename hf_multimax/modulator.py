@@ -170,7 +170,7 @@ def active_normalizer(module: nn.Module) -> Normalizer | None:
         return module
     if isinstance(module, NormalizerSwitch):
         return module.acting()
-    return module.reset_parameters.__self__  # PEFT's wrapper of what it trains and saves whole
+    return module.reset_parameters.__self__  # of a wrapper: PEFT's of what it trains whole, FSDP's for checkpointing
 
 
 def normalizers_by_row(module: nn.Module, rows: int) -> list[tuple[Normalizer | None, Tensor | None]]:
@@ -213,8 +213,10 @@ def acting_by_row(module: nn.Module) -> list[Normalizer | None] | None:
         return module.by_row()
     hooks = module._forward_pre_hooks.values()
     names = next((hook.keywords["adapter_names"] for hook in hooks if "adapter_names" in _keywords(hook)), None)
+    if names is None:
+        return None
     own = module.modules_to_save
-    return None if names is None else [own[name] if name in own else module.original_module for name in names]  # noqa: SIM401
+    return [own[name] if name in own else module.original_module for name in names]  # noqa: SIM401 - it has no get
 
 
 def _keywords(function: Any) -> dict[str, Any]:

@@ -176,7 +176,16 @@ def test_the_scalars_are_clipped_apart_under_fsdp2(measured, clip):
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", adapters.CHECKS)
+@pytest.mark.parametrize("name", [name for name in adapters.CHECKS if "prepared" in name])
+def test_accelerate_prepares_adapters(measured, name):
+    result = measured(name)
+    assert result["wrapper"] == "FSDPModule"
+    assert result["reached"] == result["trained"] == 4
+    assert result["scalars"] == [FLOAT32]
+    assert result["gradients"]["scalars"] < (2e-2 if "bf16" in name else ROUNDING)
+
+
+@pytest.mark.parametrize("name", [name for name in adapters.CHECKS if "prepared" not in name])
 def test_gradients_reach_an_adapter_and_nothing_else(measured, name):
     result, half = measured(name), "bfloat16" in name
     assert result["wrapper"] == ("DistributedDataParallel" if "ddp" in name else "FSDPModule")

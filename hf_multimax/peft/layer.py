@@ -6,7 +6,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from hf_multimax.models.checkpoint import check_finite
-from hf_multimax.modulator import Normalizer, NormalizerSwitch, StockSoftMax
+from hf_multimax.modulator import Normalizer, NormalizerSwitch, StockSoftMax, active_normalizer
 
 __all__ = ["MultiMaxLayer"]
 
@@ -94,7 +94,7 @@ class MultiMaxLayer(NormalizerSwitch, BaseTunerLayer):
     def _normalizer_of(self, name: str | None) -> Normalizer | None:
         """The normalizer of an adapter, or of the layer; None for the stock model's SoftMax."""
         own = self.multimax_adapter_layers
-        normalizer = own[name] if name is not None and name in own else self.base_layer
+        normalizer = active_normalizer(own[name] if name is not None and name in own else self.base_layer)
         return None if isinstance(normalizer, StockSoftMax) else normalizer
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:

@@ -13,8 +13,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.common import ADAM, errors, gradients, mean, own, stirred, weights, whole_batch
+from distributed.common import ADAM, errors, gradients, mean, own, stirred, weights, whole, whole_batch
 from distributed.fully_sharded import HALF, WHOLE, mesh
+from distributed.prepared import fsdp2_accelerator
 from hf_multimax import Normalizer, backend, multimax_parameters
 from hf_multimax.distributed import shard_modulators
 from hf_multimax.peft import MultiMaxAdapterConfig
@@ -89,7 +90,31 @@ def fsdp(half: bool, options: dict, folder: Path) -> dict:
     return result
 
 
+def prepared(precision: str, changes: dict, _) -> dict:
+    """As Accelerate makes it: modulators are units of their own, perhaps inside wrappers for checkpointing."""
+    single = adapted(torch.bfloat16 if precision == "bf16" else torch.float32)
+    accelerator, model = fsdp2_accelerator(precision, **changes), adapted()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAM)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    with backend("tiled"):
+        batch = whole_batch(single.get_base_model())
+        single(**batch).loss.backward()
+        accelerator.backward(model(**own(batch)).loss)
+    named = [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters()]
+    grads = {name: whole(p.grad) for name, p in named if p.grad is not None}
+    return {
+        "wrapper": type(model).__mro__[1].__name__,
+        "trained": sum(p.requires_grad for _, p in named),
+        "reached": len(grads),
+        "gradients": errors(grads, {name: p.grad for name, p in single.named_parameters() if p.grad is not None}),
+        "scalars": sorted({str(p.dtype) for name, p in named if name in grads}),
+    }
+
+
 CASES = {"scalars": {}, "lora and scalars": {"lora": True}}
 CHECKS = {f"adapter ddp {name}": functools.partial(ddp, options) for name, options in CASES.items()}
 CHECKS |= {f"adapter fsdp {name}": functools.partial(fsdp, False, options) for name, options in CASES.items()}
 CHECKS["adapter fsdp bfloat16"] = functools.partial(fsdp, True, {})
+CHECKS["adapter prepared"] = functools.partial(prepared, "no", {})
+CHECKS["adapter prepared checkpointing"] = functools.partial(prepared, "no", {"activation_checkpointing": True})
+CHECKS["adapter prepared bf16"] = functools.partial(prepared, "bf16", {})
