@@ -117,8 +117,10 @@ def attention_forward(
     causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)
     weights_wanted = _weights_wanted(module, kwargs)
     sinks = s_aux if s_aux is not None else sinks
-    # A layer that the config leaves out holds None: it shares its config with patched ones and keeps SoftMax.
-    if module.multimax is None and current_backend() == "auto" and not weights_wanted and sinks is None and not softcap:
+    normalizers = _normalizers(module, query.shape[0])
+    # A layer that the config leaves out shares its config with patched ones and keeps the stock model's SoftMax.
+    stock, eager = all(normalizer is None for normalizer, _ in normalizers), getattr(module, "_multimax_eager", False)
+    if stock and not eager and current_backend() == "auto" and not weights_wanted and sinks is None and not softcap:
         return sdpa_attention_forward(
             module,
             query,
@@ -143,10 +145,11 @@ def attention_forward(
         "scale": scaling,
         "softcap": softcap,
         "sinks": sinks,
+        "stock_is_eager": eager,
     }
     parts = []
     with no_autocast:
-        for normalizer, rows in _normalizers(module, query.shape[0]):
+        for normalizer, rows in normalizers:
             tensors = (query, key, value, attention_mask, position_bias)
             q, k, v, mask, bias = tensors if rows is None else (_rows_of(x, rows, query.shape[0]) for x in tensors)
             with on_its_device(normalizer):
@@ -155,7 +158,7 @@ def attention_forward(
     if rows is not None:
         order = torch.cat([rows for _, rows in parts]).argsort().to(query.device)
         out = torch.cat([out for (out, _), _ in parts])[order]
-        weights = None if weights is None else torch.cat([weights for (_, weights), _ in parts])[order]
+        weights = torch.cat([weights for (_, weights), _ in parts])[order] if weights_wanted else None
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -255,14 +258,21 @@ def _attend(
     mask: Tensor | None,
     causal: bool,
     scale: float | None,
+    stock_is_eager: bool = False,
     **features: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention through a layer's normalizer, by the backend that the user chose or that suits the call."""
+    """Attention through a layer's normalizer, by the backend that the user chose or that suits the call.
+
+    Args:
+        stock_is_eager: without a normalizer, compute what Transformers' eager attention does, bit for bit.
+    """
     sinks = features["sinks"]
     if sinks is not None and sinks.ndim > 1:  # one for each query: [B, H, Nq, 1]
         require_eager("attention sinks that differ from query to query")
-    elif isinstance(normalizer, MultiMax):
-        ranges, ts, features["affine"] = normalizer.ranges, normalizer.ts, normalizer.affine
+    elif isinstance(normalizer, MultiMax) or (
+        normalizer is None and current_backend() == "auto" and not stock_is_eager
+    ):
+        ranges, ts, features["affine"] = _scalars(normalizer, q)
         kernel = choose_kernel(q, k, v, ranges, ts, weights=weights_wanted, mask=mask, causal=causal, **features)
         if kernel is not None:
             return kernel.attention(q, k, v, ranges, ts, mask=mask, causal=causal, scale=scale, **features), None
@@ -293,6 +303,14 @@ def _attend(
         scale=scale,
         **features,
     )
+
+
+def _scalars(normalizer: MultiMax | None, q: Tensor) -> tuple[Tensor, Tensor, Affine | None]:
+    """The modulator's parameters; without one those of SoftMax."""
+    if normalizer is not None:
+        return normalizer.ranges, normalizer.ts, normalizer.affine
+    zeros = torch.zeros(2, device=q.device)
+    return zeros, zeros, None
 
 
 def _as_autocast_wants(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:

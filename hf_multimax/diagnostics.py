@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_multimax.backends import backend
 from hf_multimax.models.patching import patch_model, unpatch_model
@@ -340,11 +341,12 @@ def _patched(model: nn.Module) -> Iterator[None]:
     if any(isinstance(module, Normalizer) for module in model.modules()):
         yield
         return
-    patch_model(model, normalizer="softmax")
+    inside = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)  # of a wrapper
+    patch_model(inside, normalizer="softmax")
     try:
         yield
     finally:
-        unpatch_model(model)
+        unpatch_model(inside)
 
 
 @contextlib.contextmanager

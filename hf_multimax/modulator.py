@@ -1,7 +1,7 @@
 """MultiMax as a module: its parameters, how they start, and why they stay float32."""
 
+import abc
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_multimax.functional import compute_dtype, masked_softmax, modulate
 
-__all__ = ["MultiMax", "Normalizer", "is_patched", "multimax_parameters"]
+__all__ = ["MultiMax", "Normalizer", "NormalizerSwitch", "is_patched", "multimax_parameters"]
 
 
 class Normalizer(nn.LayerNorm):
@@ -159,50 +159,107 @@ class MultiMax(Normalizer):
         return ", ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False))
 
 
-def active_normalizer(module: nn.Module) -> Normalizer:
-    """The normalizer of a layer; where PEFT wraps what it trains and saves, the one that acts at present."""
-    return module if isinstance(module, Normalizer) else module.reset_parameters.__self__
+class StockSoftMax(Normalizer):
+    """Stands for the SoftMax of a stock model, which Transformers' own attention computes."""
 
 
-def normalizers_by_row(module: nn.Module, rows: int) -> list[tuple[Normalizer, Tensor | None]]:
+class NormalizerSwitch(nn.Module, abc.ABC):
+    """What stands in a normalizer's place and holds several, for instance one for each adapter."""
+
+    @abc.abstractmethod
+    def acting(self) -> Normalizer | None:
+        """The normalizer that acts at present; None where the layer is left to the stock model's SoftMax."""
+
+    @abc.abstractmethod
+    def by_row(self) -> list[Normalizer | None] | None:
+        """The normalizer of each row of the batch, None if all rows have the one that acts."""
+
+    @abc.abstractmethod
+    def underneath(self) -> Normalizer | None:
+        """The normalizer that was there before the others came, None for the stock model's SoftMax."""
+
+    @abc.abstractmethod
+    def holds_others(self) -> bool:
+        """Whether there are others at present."""
+
+
+def active_normalizer(module: nn.Module) -> Normalizer | None:
+    """The normalizer of a layer: of several the one that acts, None for the stock model's SoftMax."""
+    if isinstance(module, Normalizer):
+        return module
+    if isinstance(module, NormalizerSwitch):
+        return module.acting()
+    return module.reset_parameters.__self__  # of a wrapper: PEFT's of what it trains whole, FSDP's for checkpointing
+
+
+def normalizers_by_row(module: nn.Module, rows: int) -> list[tuple[Normalizer | None, Tensor | None]]:
     """The normalizer of every row of a batch: each one that acts, and the indices of its rows (None for all of them).
 
-    PEFT's ``adapter_names`` gives each row an adapter, in a hook of the ``forward`` that attention does not call. An
-    adapter without scalars of its own, and ``"__base__"``, have the layer's.
+    Raises:
+        ValueError: if ``adapter_names`` gave not as many names as there are rows.
+    """
+    acting = acting_by_row(module)
+    if acting is None:
+        return [(active_normalizer(module), None)]
+    if len(acting) != rows:
+        raise ValueError(f"adapter_names has {len(acting)} names for a batch of {rows} rows")
+    groups: dict[Normalizer | None, list[int]] = {}
+    for row, normalizer in enumerate(acting):
+        groups.setdefault(normalizer, []).append(row)
+    return [(normalizer, torch.tensor(where)) for normalizer, where in groups.items()]
+
+
+def normalizer_of_all_rows(module: nn.Module, where: str) -> Normalizer | None:
+    """The one normalizer of a batch in a layer that cannot tell rows apart.
 
     Raises:
-        ValueError: if there are not as many names as rows.
+        ValueError: if ``adapter_names`` was given; the text says where that cannot be served.
+    """
+    if acting_by_row(module) is not None:
+        raise ValueError(f"adapter_names cannot be served in {where}: run the rows of each adapter by themselves")
+    return active_normalizer(module)
+
+
+def acting_by_row(module: nn.Module) -> list[Normalizer | None] | None:
+    """What ``adapter_names``, with which PEFT gives each row an adapter, asks for.
+
+    PEFT puts it into a hook of the ``forward`` that attention does not call. An adapter without scalars of its own, and
+    ``"__base__"``, have the layer's.
     """
     if isinstance(module, Normalizer):
-        return [(module, None)]
+        return None
+    if isinstance(module, NormalizerSwitch):
+        return module.by_row()
     hooks = module._forward_pre_hooks.values()
     names = next((hook.keywords["adapter_names"] for hook in hooks if "adapter_names" in _keywords(hook)), None)
     if names is None:
-        return [(active_normalizer(module), None)]
-    if len(names) != rows:
-        raise ValueError(f"adapter_names has {len(names)} names for a batch of {rows} rows")
+        return None
     own = module.modules_to_save
-    groups: dict[Normalizer, list[int]] = {}
-    for row, name in enumerate(names):
-        acting = own[name] if name in own else module.original_module  # noqa: SIM401 - a ModuleDict has no get
-        groups.setdefault(acting, []).append(row)
-    return [(normalizer, torch.tensor(where)) for normalizer, where in groups.items()]
+    return [own[name] if name in own else module.original_module for name in names]  # noqa: SIM401 - it has no get
 
 
 def _keywords(function: Any) -> dict[str, Any]:
     return getattr(function, "keywords", {})
 
 
+def named_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer's name and what stands in its normalizer's place; ``multimax_output`` is the output logits' own."""
+    inside = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        wrapped = getattr(module, "original_module", None)  # by PEFT, of what it trains and saves whole
+        if isinstance(module, Normalizer | NormalizerSwitch) or isinstance(wrapped, Normalizer):
+            inside = f"{name}."
+            yield name.removesuffix(".multimax"), module
+
+
 def named_normalizers(model: nn.Module) -> Iterator[tuple[str, Normalizer]]:
     """Every layer's name and the normalizer that acts in it; ``multimax_output`` is that of the output logits."""
-    for name, module in model.named_modules():
-        if isinstance(module, Normalizer):
-            place = _PEFT_COPY.sub("", name)
-            if active_normalizer(model.get_submodule(place)) is module:
-                yield place.removesuffix(".multimax"), module
-
-
-_PEFT_COPY = re.compile(r"\.(original_module|modules_to_save\.[^.]+)$")
+    for name, module in named_places(model):
+        normalizer = active_normalizer(module)
+        if normalizer is not None:
+            yield name, normalizer
 
 
 def _is_count(value: Any) -> bool:

@@ -34,6 +34,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from hf_multimax.training import MultiMaxTrainingArguments
+from recipes.shared.adapters import with_adapter
 from recipes.shared.augmentation import AugmentationArguments
 from recipes.shared.checks import DataError, check_numbers
 from recipes.shared.data.image_batches import MODES, ImageBatches, only
@@ -113,7 +114,7 @@ def make_job(
     add_stochastic_depth(model, arguments.stochastic_depth)
     smoothing = training.label_smoothing_factor
     shape = {"processor": processor, "size": size, "channels": channels}
-    return Job(
+    job = Job(
         task="image-classification",
         model=model,
         processing_class=processor,
@@ -139,6 +140,7 @@ def make_job(
         # The models' own losses take no probabilities as labels.
         trainer_options={"compute_loss_func": image_loss, "compute_metrics": compute_metrics},
     )
+    return with_adapter(job, options)
 
 
 def choose(images: LabelledImages, most: int | None) -> np.ndarray:

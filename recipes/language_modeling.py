@@ -27,6 +27,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_multimax.training import MultiMaxTrainingArguments
+from recipes.shared.adapters import with_adapter
 from recipes.shared.checks import DataError, check_numbers
 from recipes.shared.data.sources import describe
 from recipes.shared.data.text import BUILT_IN_TEXTS, load_text
@@ -105,7 +106,7 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
         if not len(part):
             raise DataError(f"{name} has less than one window of {context} tokens: give more text or a smaller context")
     held_out.cut(text.max_eval_windows)
-    return Job(
+    job = Job(
         task="text-generation",
         model=model,
         processing_class=tokenizer,
@@ -126,6 +127,7 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
         metrics=("perplexity",),
         source=options.model,
     )
+    return with_adapter(job, options)
 
 
 def read_texts(text: TextArguments) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_multimax.training import MultiMaxSeq2SeqTrainer, MultiMaxSeq2SeqTrainingArguments
+from recipes.shared.adapters import with_adapter
 from recipes.shared.checks import DataError
 from recipes.shared.data.sentence_batches import LengthBuckets, Sentences, longest
 from recipes.shared.data.sentences import TranslationArguments, describe_data, read_data
@@ -145,7 +146,7 @@ def make_job(
         part.in_buckets(training.per_device_eval_batch_size)
         for part in (everything, everything.select(list(range(len(everything)))[: options.max_eval_examples]))
     )
-    return Job(
+    job = Job(
         task="translation",
         model=model,
         processing_class=tokenizer,
@@ -169,6 +170,7 @@ def make_job(
         trainer_class=TranslationTrainer,
         trainer_options={"compute_loss_func": SmoothedLoss(training.label_smoothing_factor)},
     )
+    return with_adapter(job, model_options)
 
 
 def stock_model(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from zoo import zoo_inputs, zoo_model
 
 from hf_multimax import backend, is_patched, multimax_parameters, patch_model
-from hf_multimax.peft.doors import RECORD
+from hf_multimax.peft.files import RECORD
 
 IDS = zoo_inputs("LlamaForCausalLM")["input_ids"]
 

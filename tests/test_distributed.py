@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
-from distributed import data_parallel, fully_sharded, prepared, trainers
+from distributed import adapters, data_parallel, fully_sharded, prepared, trainers
 from distributed.common import errors, stirred
 from distributed.launching import COMMAND, CONFIGS, launch
 from filelock import FileLock
@@ -171,6 +171,32 @@ def test_the_scalars_are_clipped_apart_under_fsdp2(measured, clip):
     assert result["norms"][1] == pytest.approx(result["norms"][0], rel=ROUNDING)
     assert result["norms"][0] > 0.1
     assert max(result["gradients"].values()) < ROUNDING
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in adapters.CHECKS if "prepared" in name])
+def test_accelerate_prepares_adapters(measured, name):
+    result = measured(name)
+    assert result["wrapper"] == "FSDPModule"
+    assert result["reached"] == result["trained"] == 4
+    assert result["scalars"] == [FLOAT32]
+    assert result["gradients"]["scalars"] < (2e-2 if "bf16" in name else ROUNDING)
+
+
+@pytest.mark.parametrize("name", [name for name in adapters.CHECKS if "prepared" not in name])
+def test_gradients_reach_an_adapter_and_nothing_else(measured, name):
+    result, half = measured(name), "bfloat16" in name
+    assert result["wrapper"] == ("DistributedDataParallel" if "ddp" in name else "FSDPModule")
+    assert result["reached"] == result["trained"] == (8 if "lora" in name else 4)
+    assert result["others"] == []
+    assert result["scalars"] == [FLOAT32]
+    assert result["loss"] < (2e-2 if half else 1e-5)
+    assert max(result["gradients"].values()) < (0.1 if half else ROUNDING)
+    assert max(result["weights"].values()) < (2e-2 if half else ROUNDING)
+    if "fsdp" in name:
+        assert result["saved"] == result["trained"] and result["different"] == []
 
 
 # -- the configs of the recipes ----------------------------------------------------------------------------------------

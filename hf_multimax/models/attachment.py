@@ -1,10 +1,10 @@
 """What a patch changes, all of it or none, and the way back.
 
-Of the model: its class; each attention layer's ``multimax`` (a normalizer, or None for a layer left at SoftMax) and
-``_multimax_always_masked``; the class of a layer outside Transformers' AttentionInterface, and of a module that
-replaces such a layer while it runs; ``multimax_output``;
-``_no_split_modules``, ``_keep_in_fp32_modules_strict`` and ``_keys_to_ignore_on_save``; and ``_multimax_stock``, what
-the last three and the attention implementations were.
+Of the model: its class; each attention layer's ``multimax`` (a normalizer, or None for a layer left at SoftMax),
+``_multimax_always_masked`` and ``_multimax_eager``, whether the stock model's attention was the eager one; the class of
+a layer outside Transformers' AttentionInterface, and of a module that replaces such a layer while it runs;
+``multimax_output``; ``_no_split_modules``, ``_keep_in_fp32_modules_strict`` and ``_keys_to_ignore_on_save``; and
+``_multimax_stock``, what the last three and the attention implementations were.
 Of its configs, which are first copied, as other models may hold them: their classes, the attention implementation, the
 ``multimax`` entry and ``_multimax_masks``.
 """
@@ -30,7 +30,7 @@ from hf_multimax.models.switching import SwitchingMixin, switching_class, switch
 from hf_multimax.modulator import Normalizer
 from hf_multimax.normalizers import build_normalizer, get_normalizer
 
-__all__ = ["attach", "detach"]
+__all__ = ["attach", "build_normalizers", "detach", "output_modulator"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ def attach(
     """
     config = _without_impossible_output(model, config, strict)
     selected = select_layers(model, config, strict) if config.attention else Layers()
-    normalizers = _normalizers(config, {**selected.interface, **selected.outside})
-    output = _output_modulator(model, config) if config.output else None
+    normalizers = build_normalizers(config, {**selected.interface, **selected.outside})
+    output = output_modulator(model, config) if config.output else None
     layers = attention_layers(model) if config.attention else {}
     answering = {name: outside_class(stock_of(type(layer))) for name, layer in selected.outside.items()}
     switching = {
@@ -66,6 +66,7 @@ def attach(
     }
     kinds = mask_kinds(model, layers, selected.outside)
     masked = {name: kinds.get(id(owner_of(model, name).config)) == ADDITIVE for name in layers}
+    eager = {name: owner_of(model, name).config._attn_implementation == "eager" for name in layers}
     copies = _copies_of_configs(model)
     held = (layer.config for layer in (*layers.values(), *selected.outside.values()) if hasattr(layer, "config"))
     parts = [model.config, *held, *(owner_of(model, name).config for name in selected.outside)]
@@ -90,6 +91,7 @@ def attach(
     for name, layer in layers.items():
         changes.set(layer, "multimax", normalizers.get(name))
         changes.set(layer, "_multimax_always_masked", masked[name])
+        changes.set(layer, "_multimax_eager", eager[name])
     for name, layer in selected.outside.items():
         changes.set(layer, "multimax", normalizers[name])
         changes.set(layer, "__class__", answering[name])
@@ -114,8 +116,8 @@ def detach(model: PreTrainedModel, changes: Changes) -> None:
     for name, value in stock["attributes"].items():
         changes.set(model, name, value)
     for layer in attention_layers(model).values():
-        changes.delete(layer, "multimax")
-        changes.delete(layer, "_multimax_always_masked")
+        for name in ("multimax", "_multimax_always_masked", "_multimax_eager"):
+            changes.delete(layer, name)
     for layer in [module for module in model.modules() if isinstance(module, OutsideMixin)]:
         changes.set(layer, "__class__", stock_of(type(layer)))
         changes.delete(layer, "multimax")
@@ -146,7 +148,7 @@ def _without_impossible_output(model: PreTrainedModel, config: MultiMaxConfig, s
     return config
 
 
-def _normalizers(config: MultiMaxConfig, selected: dict[str, nn.Module]) -> dict[str, Normalizer]:
+def build_normalizers(config: MultiMaxConfig, selected: dict[str, nn.Module]) -> dict[str, Normalizer]:
     """The normalizer of every selected layer."""
     per_head = config.per_head or get_normalizer(config.normalizer).per_head
     built = {
@@ -157,7 +159,8 @@ def _normalizers(config: MultiMaxConfig, selected: dict[str, nn.Module]) -> dict
     return built
 
 
-def _output_modulator(model: PreTrainedModel, config: MultiMaxConfig) -> Normalizer:
+def output_modulator(model: PreTrainedModel, config: MultiMaxConfig) -> Normalizer:
+    """The normalizer of the output logits; ValueError if that of ``config`` has no output loss."""
     if not get_normalizer(config.normalizer).modulates_output:
         raise ValueError(
             f"output=True is not possible with the normalizer {config.normalizer!r}: it has no output loss"

@@ -321,7 +321,7 @@ def _has_that_head(model: PreTrainedModel, info: dict[str, Any], stored: dict[st
 def check_finite(model: nn.Module, what: str) -> None:
     """Raise ValueError, naming them, if parameters of normalizers are NaN or infinite; ``what`` they then cannot be."""
     broken = [
-        f"{place}.{name}"
+        f"{place}.{name}".lstrip(".")
         for place, module in model.named_modules()
         if isinstance(module, Normalizer)
         for name, parameter in module.named_parameters()

@@ -5,11 +5,13 @@ A patched model is an instance of a class ``(MultiMaxMixin, <stock class>)`` tha
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -31,6 +33,7 @@ from hf_multimax.models.checkpoint import (
     stored_config,
     weights_path,
 )
+from hf_multimax.models.checkpointing import kept
 from hf_multimax.models.configs import (
     MultiMaxConfigMixin,
     config_class,
@@ -42,12 +45,13 @@ from hf_multimax.models.loader_file import write_loader
 from hf_multimax.models.masks import attention_mask
 from hf_multimax.models.output import modulated_forward
 from hf_multimax.models.replacement import check_replacement
-from hf_multimax.modulator import Normalizer
+from hf_multimax.modulator import Normalizer, NormalizerSwitch, named_places
 from hf_multimax.normalizers import build_normalizer
 
 __all__ = [
     "MultiMaxAutoConfig",
     "MultiMaxMixin",
+    "check_values_to_save",
     "register_extension_points",
     "registered_config_class",
     "registered_model_class",
@@ -123,6 +127,11 @@ class MultiMaxMixin:
             check_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, kept(gradient_checkpointing_func), **kwargs)
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Raises ValueError: its masks are made for Transformers' own implementations only."""
         raise ValueError(CONTINUOUS_BATCHING_REFUSED)
@@ -188,12 +197,10 @@ class MultiMaxMixin:
         """As every ``save_pretrained``, and the loader file. With ``push_to_hub`` what it wrote is published."""
         if "multimax" not in vars(self.config):
             raise ValueError("this MultiMax model's config was replaced by one without a 'multimax' entry: put it back")
-        _check_values_to_save(self, state_dict, save_directory)
-        if getattr(self, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                "this MultiMax model has adapters of add_adapter, beside which Transformers would not save its own "
-                "parameters: call delete_adapter first, or use peft.get_peft_model with modules_to_save=['multimax']"
-            )
+        check_values_to_save(self, state_dict, save_directory)
+        if _saved_as_adapter(self):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
         hub = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if push_to_hub and name in kwargs}
         folder = Path(save_directory)
         before = self._get_files_timestamps(folder) if folder.is_dir() else {}
@@ -216,6 +223,27 @@ class MultiMaxMixin:
         return hf_multimax.hub.push(self, repo_id, **kwargs)
 
 
+def _saved_as_adapter(model: PreTrainedModel) -> bool:
+    """Whether Transformers saves of a model just the active adapter, as it does with those of ``add_adapter``.
+
+    Raises:
+        ValueError: if scalars would be lost, or adapters and the model's own be mixed up.
+    """
+    places = [module for _, module in named_places(model)]
+    added = getattr(model, "_hf_peft_config_loaded", False)
+    if added and not all(isinstance(module, NormalizerSwitch) and module.underneath() is None for module in places):
+        raise ValueError(
+            "this MultiMax model has adapters of add_adapter, beside which Transformers would not save its own "
+            "parameters: call delete_adapter first, or use peft.get_peft_model with modules_to_save=['multimax']"
+        )
+    if not added and any(isinstance(module, NormalizerSwitch) for module in places):
+        raise ValueError(
+            "this model holds MultiMax adapters: save the PeftModel around it, which writes them, or what its "
+            "merge_and_unload() or unload() gives"
+        )
+    return added
+
+
 def _with_entry(cls: type[Any], config: PreTrainedConfig, stored: dict[str, Any]) -> PreTrainedConfig:
     """A config of a stock class, given for a checkpoint that is MultiMax's, as what the class takes."""
     entry = vars(config).get("multimax", stored.get("multimax"))
@@ -227,7 +255,7 @@ def _with_entry(cls: type[Any], config: PreTrainedConfig, stored: dict[str, Any]
     return cls.config_class.from_dict({**values, "model_type": cls.config_class.model_type, "multimax": entry})
 
 
-def _check_values_to_save(model: nn.Module, state_dict: dict[str, Any] | None, where: Any) -> None:
+def check_values_to_save(model: nn.Module, state_dict: dict[str, Any] | None, where: Any) -> None:
     """Raise ValueError before NaN is saved, perhaps over something better.
 
     A given state dict is what counts: the model's own parameters may be spread over processes that do not all save.

@@ -14,7 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from hf_multimax.kernels.cross_entropy import multimax_linear_cross_entropy
 from hf_multimax.models.discovery import code_names
-from hf_multimax.modulator import MultiMax
+from hf_multimax.modulator import MultiMax, active_normalizer
 
 __all__ = ["FusedLoss", "captured_input", "fused_loss"]
 
@@ -40,7 +40,7 @@ class FusedLoss:
             labels = options["shift_labels"]
         elif self.shifted:
             labels = pad(labels, (0, 1), value=ignored)[..., 1:]
-        modulator = self.model.multimax_output
+        modulator = active_normalizer(self.model.multimax_output)
         return multimax_linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             self.head.weight,
@@ -79,7 +79,7 @@ class FusedLoss:
 def fused_loss(model: PreTrainedModel, stock_class: type[PreTrainedModel]) -> FusedLoss | None:
     """The fused loss of ``model``, if its head and its loss are of a form that has one."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or not isinstance(model.multimax_output, MultiMax):
+    if type(head) is not nn.Linear or not isinstance(active_normalizer(model.multimax_output), MultiMax):
         return None
     if isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id") or head.weight.is_meta:
         return None  # sharded: whole only inside the head's own forward

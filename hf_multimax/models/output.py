@@ -16,7 +16,13 @@ from hf_multimax.kernels import differentiated_by_functions
 from hf_multimax.models.discovery import code_names
 from hf_multimax.models.fused_output import FusedLoss, captured_input, fused_loss
 from hf_multimax.models.replacement import check_class_forward, check_replacement
-from hf_multimax.modulator import normalizers_by_row, on_its_device
+from hf_multimax.modulator import (
+    Normalizer,
+    acting_by_row,
+    active_normalizer,
+    normalizers_by_row,
+    on_its_device,
+)
 
 __all__ = ["check_output_supported", "modulated_forward"]
 
@@ -55,6 +61,8 @@ def modulated_forward(
 
     In training, with labels, the loss comes without the logits where the model's head allows it: ``logits`` is None.
     """
+    if all(module is None for module in _acting(model.multimax_output)):
+        return stock_class.forward(model, *args, **kwargs)
     arguments, rest = _named_arguments(model, stock_class, args, kwargs)
     labels = arguments.get("labels")
     return_dict = arguments.pop("return_dict", None)
@@ -77,7 +85,7 @@ def modulated_forward(
         raise ValueError("output=True does not support auxiliary losses: set config.output_router_logits to False")
 
     if fused is not None and model._output_is_fusible:
-        with on_its_device(model.multimax_output):
+        with on_its_device(active_normalizer(model.multimax_output)):
             logits, loss = None, fused(hidden[0], labels, rest)
     else:
         # The loss sees the modulated logits before they are rounded to the model's type.
@@ -88,17 +96,24 @@ def modulated_forward(
     return outputs if return_dict else outputs.to_tuple()
 
 
+def _acting(module: nn.Module) -> list[Normalizer | None]:
+    """The normalizers that act on the logits of a batch."""
+    by_row = acting_by_row(module)
+    return [active_normalizer(module)] if by_row is None else by_row
+
+
 def _modulated(module: nn.Module, logits: Tensor) -> Tensor:
     """Logits ``[batch, ..., classes]`` modulated, each row by the normalizer of its adapter."""
     groups = normalizers_by_row(module, logits.shape[0])
     if groups[0][1] is None:
         with on_its_device(groups[0][0]):
             return groups[0][0].modulate(logits)
-    out = torch.empty_like(logits)
+    out = logits.clone()
     for normalizer, rows in groups:
-        rows = rows.to(logits.device)
-        with on_its_device(normalizer):
-            out[rows] = normalizer.modulate(logits[rows])
+        if normalizer is not None:
+            rows = rows.to(logits.device)
+            with on_its_device(normalizer):
+                out[rows] = normalizer.modulate(logits[rows])
     return out
 
 

@@ -20,7 +20,7 @@ from hf_multimax.functional import compute_dtype
 from hf_multimax.kernels import autocast_dtype
 from hf_multimax.models.exceptions import MAY_REST
 from hf_multimax.models.generated import make_class
-from hf_multimax.modulator import Normalizer, normalizers_by_row, on_its_device
+from hf_multimax.modulator import Normalizer, normalizer_of_all_rows, on_its_device
 
 __all__ = ["MASKED", "OutsideMixin", "outside_class"]
 
@@ -39,7 +39,10 @@ def outside_class(stock: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(stock.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        (normalizer, rows), *more = normalizers_by_row(self.multimax, 0)
+        where = f"{stock.__name__}, whose attention is outside Transformers' AttentionInterface"
+        normalizer = normalizer_of_all_rows(self.multimax, where)
+        if normalizer is None:
+            return stock.forward(self, *args, **kwargs)
         level = _LEVELS[stock.__name__](*args, **kwargs) if stock.__name__ in _LEVELS else None
         with on_its_device(normalizer), _Answers(normalizer, level) as answers:
             result = stock.forward(self, *args, **kwargs)

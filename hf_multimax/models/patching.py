@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.models.attachment import attach, detach
 from hf_multimax.models.changes import Changes
+from hf_multimax.models.checkpointing import keep_gradients
 from hf_multimax.models.classes import registered_model_class
 from hf_multimax.models.discovery import find_layers
 from hf_multimax.models.divergence import watch
 from hf_multimax.models.doors import patched_parts
-from hf_multimax.modulator import Normalizer, is_patched, multimax_parameters, named_normalizers
+from hf_multimax.modulator import Normalizer, NormalizerSwitch, is_patched, multimax_parameters, named_normalizers
 
 __all__ = [
     "freeze_base",
@@ -72,6 +73,7 @@ def patch_model(model: PreTrainedModel, config: MultiMaxConfig | None = None, **
     with Changes() as changes:
         attach(model, options, generated, changes)
     watch(model)
+    keep_gradients(model)
     return model
 
 
@@ -107,6 +109,7 @@ def _patch_whole(
                 for key, parameter in own.named_parameters():
                     parameter.copy_(entries[key])
     watch(model)
+    keep_gradients(model)
     return model
 
 
@@ -142,6 +145,8 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not is_patched(model):
         raise ValueError(f"this {type(model).__name__} is not a MultiMax model: there is nothing to unpatch")
+    if any(isinstance(module, NormalizerSwitch) and module.holds_others() for module in model.modules()):
+        raise ValueError("this model holds MultiMax adapters: call unload() on the PeftModel around it")
     with Changes() as changes:
         detach(model, changes)
     return model

@@ -13,6 +13,8 @@ from recipes.shared.checks import DataError
 
 logger = logging.getLogger(__name__)
 
+ADAPTERS = ("multimax", "lora", "lora+multimax")
+
 
 @dataclass
 class ModelArguments:
@@ -37,6 +39,9 @@ class ModelArguments:
     init: str | None = HfArg(default=None, help="identity or paper; default: paper when pre-training, else identity")
     include: str | None = HfArg(default=None, help="regular expression: only these attention layers")
     exclude: str | None = HfArg(default=None, help="regular expression: not these attention layers")
+    adapter: str | None = HfArg(
+        default=None, help="train and save only that of a checkpoint: multimax (the scalars), lora or lora+multimax"
+    )
 
     def __post_init__(self) -> None:
         for name in ("model_config", "normalizer_kwargs"):
@@ -51,7 +56,9 @@ class ModelArguments:
 
 
 #: The options that are fields of MultiMaxConfig: what replaces SoftMax.
-_REPLACEMENT = [field.name for field in fields(ModelArguments) if field.name not in ("model", "model_config")]
+_REPLACEMENT = [
+    field.name for field in fields(ModelArguments) if field.name not in ("model", "model_config", "adapter")
+]
 
 
 def normalizer_config(options: ModelArguments, pretraining: bool) -> MultiMaxConfig | None:
@@ -98,7 +105,7 @@ def build_model(options: ModelArguments, make_stock: Callable[[], PreTrainedMode
                 f"the checkpoint {options.model} is patched already, with {has}: leave out --normalizer and its "
                 "options, or start from the stock checkpoint"
             )
-    elif config is not None:
+    elif config is not None and options.adapter in (None, "lora+multimax"):  # others are for the stock model
         patch_model(model, config)
     set_seed(seed + 1)
     return model

@@ -19,12 +19,12 @@ import hf_multimax  # noqa: E402, F401
 
 
 def main(folder: Path, *names: str) -> None:
-    from distributed import data_parallel, fully_sharded, prepared, trainers
+    from distributed import adapters, data_parallel, fully_sharded, prepared, trainers
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     results = {}
-    for module in (trainers, data_parallel, fully_sharded, prepared):
+    for module in (trainers, data_parallel, fully_sharded, prepared, adapters):
         for name, check in module.CHECKS.items():
             if names and name not in names:
                 continue

@@ -1,0 +1,105 @@
+"""The config of a MultiMax adapter: what of a model it replaces, in PEFT's terms and in ours."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType
+from transformers import PreTrainedModel
+
+from hf_multimax.config import MultiMaxConfig
+from hf_multimax.models.discovery import find_layers, select_layers
+from hf_multimax.models.generated import stock_of
+from hf_multimax.models.output import check_output_supported
+from hf_multimax.normalizers import build_normalizer
+from hf_multimax.peft.bridge import TYPE
+
+__all__ = ["MultiMaxAdapterConfig", "patch_config"]
+
+
+@dataclass
+class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
+    """An adapter that is nothing but the scalars of a model's attention, for ``peft.get_peft_model``.
+
+    Its fields are those of :class:`hf_multimax.MultiMaxConfig` and of ``peft.PeftConfig``, and two of PEFT's own. On a
+    stock model ``init`` says how the scalars start; on a patched one, whose normalizer, order and so on must be the
+    same, they start from the scalars that it has.
+
+    Raises:
+        ValueError: for an impossible value; TypeError for an unknown field.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "attention layers to replace, of those that include and exclude leave: a regular expression that "
+            "the whole name matches, or ends of names. None: all of them"
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "other modules that are trained and saved whole, such as a new classifier"}
+    )
+
+    def __post_init__(self) -> None:
+        MultiMaxConfig.__post_init__(self)
+        PeftConfig.__post_init__(self)
+        self.peft_type = PeftType(TYPE)
+        with torch.device("meta"):
+            learned = list(build_normalizer(self, None).parameters())
+        if not learned:
+            raise ValueError(
+                f"normalizer={self.normalizer!r} with normalizer_kwargs={self.normalizer_kwargs!r} learns nothing, so "
+                "that an adapter of it would be empty: take one that learns, or call patch_model"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as adapter_config.json has it."""
+        return PeftConfig.to_dict(self)
+
+    def multimax(self, **overrides: Any) -> MultiMaxConfig:
+        """The part of it that a patched model is made with."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(MultiMaxConfig)}
+        return MultiMaxConfig(**{**values, **overrides})
+
+    def layers(self, model: PreTrainedModel) -> list[str]:
+        """The names of the attention layers of ``model`` that it replaces.
+
+        Raises:
+            ValueError: if there is none, or something else stands in the way of what it asks for; the text says what.
+        """
+        if self.output:
+            check_output_supported(model, stock_of(type(model)))
+        if not self.attention:
+            return []
+        selected = select_layers(model, self)
+        names = [*selected.interface, *selected.outside]
+        chosen = [name for name in names if self._targets(name)]
+        if not chosen:
+            raise ValueError(
+                f"target_modules={self.target_modules!r} matches no attention layer of this "
+                f"{type(model).__name__}; they are {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+            )
+        return chosen
+
+    def _targets(self, name: str) -> bool:
+        """As PEFT's methods match names."""
+        if self.target_modules is None:
+            return True
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, name) is not None
+        return any(name == end or name.endswith(f".{end}") for end in self.target_modules)
+
+
+def patch_config(
+    model: PreTrainedModel, config: MultiMaxAdapterConfig, layers: list[str], output: bool
+) -> MultiMaxConfig:
+    """What ``model`` is patched with so that just these layers, and perhaps its output, have normalizers."""
+    if config.output == output and config.target_modules is None and set(config.layers(model)) == set(layers):
+        return config.multimax()
+    found = find_layers(model)
+    every = set(layers) == {*found.interface, *found.outside, *found.unserved}
+    short = [name.removeprefix(f"{model.base_model_prefix}.") for name in layers]
+    include = None if every or not layers else [f"^{re.escape(name)}$" for name in short]
+    return config.multimax(attention=bool(layers), output=output, include=include, exclude=None)

@@ -1,0 +1,52 @@
+"""Training a part of a checkpoint only: the scalars of its attention, low-rank updates (LoRA), or both, by PEFT."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer
+
+from recipes.shared.checks import DataError
+from recipes.shared.models import ADAPTERS, ModelArguments, normalizer_config
+from recipes.shared.run import Job
+
+__all__ = ["with_adapter"]
+
+#: What a rank-8 update is scaled by is this over the rank, as in PEFT's examples.
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+#: A classifier for new classes is trained whole.
+HEADS = {"image-classification": ["classifier"]}
+
+
+def with_adapter(job: Job, options: ModelArguments) -> Job:
+    """The job as it is without ``--adapter``, else one that trains and saves an adapter of its model.
+
+    Raises:
+        DataError: for an unknown adapter, one of a model made from scratch, or one of nothing.
+    """
+    if options.adapter is None:
+        return job
+    from peft import LoraConfig, get_peft_model  # slow to import
+
+    from hf_multimax.peft import MultiMaxAdapterConfig
+
+    if options.adapter not in ADAPTERS:
+        raise DataError(f"--adapter must be one of {', '.join(ADAPTERS)}, got {options.adapter!r}")
+    if options.model is None:
+        raise DataError("--adapter trains a part of a checkpoint, the rest of which stays as it is: give --model")
+    config = normalizer_config(options, pretraining=False)
+    if config is None and "multimax" in options.adapter:
+        raise DataError(f"--adapter {options.adapter} trains what replaces SoftMax: leave out --normalizer softmax")
+    heads = HEADS.get(job.task, [])
+    if options.adapter == "multimax":
+        adapter = MultiMaxAdapterConfig(**config.to_dict(), modules_to_save=heads or None)
+    else:
+        scalars = [f"multimax{part}" for part in ("", *(["_output"] if options.output else []))]
+        adapter = LoraConfig(**LORA, modules_to_save=heads + (scalars if "multimax" in options.adapter else []) or None)
+    trained = get_peft_model(job.model, adapter)
+    trained.print_trainable_parameters()
+
+    def trainer(model: PreTrainedModel, **arguments: Any) -> Trainer:
+        return job.trainer_class(model=trained, **arguments)
+
+    return dataclasses.replace(job, trainer_class=functools.wraps(job.trainer_class, updated=())(trainer))
