@@ -1,4 +1,4 @@
-"""Extension of griffe: docstrings written for ``help()`` as Markdown, help texts of fields, names imported when asked."""
+"""Extension of griffe: docstrings as Markdown, help texts of fields, names that are imported when asked for."""
 
 import ast
 import re
