@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 #: Pages of the repository that GitHub shows where they lie.
-OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SUPPORTED_MODELS.md", "*/README.md", "model_cards/*.md")
+OUTSIDE = ("[A-Z]*.md", "benchmarks/README.md", "recipes/README.md", "model_cards/*.md")
 _LINK = re.compile(r"(\]\()([^)\s:#]+)")
 _FORMULA = re.compile(r"^\$\$(.+?)\$\$$", flags=re.MULTILINE | re.DOTALL)
 _FETCHED = re.compile(r"""(?:\bsrc=|<link\b[^>]*\bhref=)["']?(?:https?:)?//[^"'\s>]+""")
