@@ -5,7 +5,7 @@ PYTEST ?= -n 2 -m "not slow"
 NEWEST = .venv
 OLDEST = .venv-oldest
 
-.PHONY: demo test test-newest test-oldest test-slow style format clean
+.PHONY: demo test test-newest test-oldest test-slow docs style format clean
 
 ## The main job on real text. MODEL=<path or Hub id> starts from that checkpoint, DATA=<file, folder, web or Hub id>.
 demo: $(NEWEST)/.installed
@@ -24,6 +24,10 @@ test-oldest: $(OLDEST)/.installed
 test-slow: $(NEWEST)/.upstream
 	$(NEWEST)/bin/python -m pytest -m slow $(ARGS)
 
+## The site of README, docs/ and the other pages, into site/. A broken link fails; nothing is fetched.
+docs: $(NEWEST)/.docs
+	NO_MKDOCS_2_WARNING=1 $(NEWEST)/bin/python -m mkdocs build --strict
+
 style: $(NEWEST)/.installed
 	$(NEWEST)/bin/ruff check .
 	$(NEWEST)/bin/ruff format --check .
@@ -41,10 +45,14 @@ $(NEWEST)/.upstream: $(NEWEST)/.installed
 	DS_BUILD_OPS=0 $(NEWEST)/bin/python -m pip install -q -c constraints.txt -e '.[dev,upstream]'
 	touch $@
 
+$(NEWEST)/.docs: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pip install -q -c constraints.txt -e '.[dev,docs]'
+	touch $@
+
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(NEWEST) $(OLDEST) .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(NEWEST) $(OLDEST) .pytest_cache .ruff_cache build site *.egg-info

@@ -1,1 +1,1 @@
-"""One module per table of the README: ``python -m benchmarks.<name>`` prints it and writes JSON below results/."""
+"""One module per table of docs/: ``python -m benchmarks.<name>`` prints it and writes JSON below results/."""

@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_thread_option(parser)
     parser.add_argument("--full", action="store_true", help="more tokens")
-    parser.add_argument("--cases", nargs="+", metavar="TOKENSxVOCAB", help="sizes (default: the table of the README)")
+    parser.add_argument("--cases", nargs="+", metavar="TOKENSxVOCAB", help="sizes (default: the table in docs/)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)

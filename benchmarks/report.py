@@ -1,19 +1,19 @@
-"""Write the README's tables of speed from what the benchmarks measured.
+"""Write the documents' tables of speed from what the benchmarks measured.
 
     python -m benchmarks.report
     python -m benchmarks.report --check
 
-Every table between ``<!-- speed: <name> -->`` and ``<!-- /speed -->`` in README.md is made from the files of that name
-in ``benchmarks/results``. What was measured on a GPU has a table of its own, with the GPU's name, once
+Every table between ``<!-- speed: <name> -->`` and ``<!-- /speed -->`` in the pages of ``docs/`` is made from the files
+of that name in ``benchmarks/results``. What was measured on a GPU has a table of its own, with the GPU's name, once
 ``benchmarks/gpu.sh`` has written its files; until then the tables of the CPU say "not yet measured". ``--check`` writes
-nothing and exits with 1 if the README is out of date.
+nothing and exits with 1 if a page is out of date.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +28,40 @@ _BLOCK = re.compile(r"(<!-- speed: (\w+) -->\n).*?(<!-- /speed -->)", flags=re.D
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the README, or check it; exits with a sentence where that is not possible."""
+    """Write the pages, or check them; exits with a sentence where that is not possible."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if README.md is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file to write")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a page is out of date")
+    parser.add_argument("--pages", type=Path, default=ROOT / "docs", help="the folder of the pages to write")
     options = parser.parse_args(arguments)
-    text = options.readme.read_text(encoding="utf-8")
+    pages = {path: path.read_text(encoding="utf-8") for path in sorted(options.pages.glob("*.md"))}
     try:
-        new = render(text)
+        new = render(pages)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    if not options.check:
-        options.readme.write_text(new, encoding="utf-8")
-    elif new != text:
-        sys.exit(f"{options.readme.name} is not what benchmarks/results says: run `python -m benchmarks.report`")
+    stale = [path for path in pages if new[path] != pages[path]]
+    if options.check and stale:
+        names = ", ".join(path.name for path in stale)
+        sys.exit(f"not what benchmarks/results says: {names}. Run `python -m benchmarks.report`")
+    for path in stale:
+        path.write_text(new[path], encoding="utf-8")
 
 
-def render(text: str) -> str:
-    """``text`` with every marked table made anew.
+def render(pages: Mapping[Path, str]) -> dict[Path, str]:
+    """The texts of ``pages`` with every marked table made anew.
 
     Raises:
         ValueError: if a table is missing, unknown or there twice.
     """
-    names = [match[2] for match in _BLOCK.finditer(text)]
+    names = [match[2] for text in pages.values() for match in _BLOCK.finditer(text)]
     if sorted(names) != sorted(TABLES):
         raise ValueError(
             f"there must be one table `<!-- speed: NAME --> ... <!-- /speed -->` for each of {', '.join(TABLES)}, "
             f"got {', '.join(names) or 'none'}"
         )
-    return _BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", text)
+    made = {name: TABLES[name]() for name in names}
+    return {path: _BLOCK.sub(lambda m: f"{m[1]}{made[m[2]]}{m[3]}", text) for path, text in pages.items()}
 
 
 def attention() -> str:

@@ -256,11 +256,11 @@ def test_an_unknown_type_is_refused():
         command.main(["--types", "gtp2"])
 
 
-def test_the_page_and_the_readme_say_what_the_results_say(tmp_path):
+def test_the_pages_say_what_the_results_say(tmp_path):
     found = results.read()
     assert page.PAGE.read_text(encoding="utf-8") == page.render(found)
-    text = page.README.read_text(encoding="utf-8")
-    assert page.readme(text, found) == text
+    text = page.DOCUMENT.read_text(encoding="utf-8")
+    assert page.document(text, found) == text
     results.write(tmp_path / "again.json", found["rows"])
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["rows"] == found["rows"]

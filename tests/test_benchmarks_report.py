@@ -1,4 +1,4 @@
-"""The README's tables of speed are what was measured."""
+"""The tables of speed in docs/ are what was measured."""
 
 import importlib.util
 import json
@@ -27,27 +27,29 @@ def results(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def readme(tmp_path):
-    """A copy of README.md."""
-    path = tmp_path / "README.md"
-    path.write_bytes((ROOT / "README.md").read_bytes())
-    return path
+def pages(tmp_path):
+    """A folder with copies of the pages that have tables."""
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for name in ("normalizers.md", "performance.md", "training.md"):
+        (folder / name).write_bytes((ROOT / "docs" / name).read_bytes())
+    return folder
 
 
-def test_the_readme_is_up_to_date():
+def test_the_pages_are_up_to_date():
     report.main(["--check"])
 
 
-def test_another_measurement_is_noticed_and_written(results, readme):
+def test_another_measurement_is_noticed_and_written(results, pages):
     path = results / "training_step-cpu.json"
     found = json.loads(path.read_text())
     found["rows"][0]["patched / stock"] = 7.125
     path.write_text(json.dumps(found))
-    with pytest.raises(SystemExit, match="README.md is not what benchmarks/results says"):
-        report.main(["--check", "--readme", str(readme)])
-    report.main(["--readme", str(readme)])
-    assert "| 7.12 | not yet measured |" in readme.read_text()
-    report.main(["--check", "--readme", str(readme)])
+    with pytest.raises(SystemExit, match="not what benchmarks/results says: performance.md. Run"):
+        report.main(["--check", "--pages", str(pages)])
+    report.main(["--pages", str(pages)])
+    assert "| 7.12 | not yet measured |" in (pages / "performance.md").read_text()
+    report.main(["--check", "--pages", str(pages)])
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +74,13 @@ def gpu_step(tmp_path_factory):
 
 
 @needs_triton
-def test_a_gpu_has_a_table_of_its_own(results, readme, gpu_step, tmp_path):
+def test_a_gpu_has_a_table_of_its_own(results, pages, gpu_step, tmp_path):
     measured = gpu_step("attention", "1x1x40", "1x4x1 of 40", "memory")
     path = tmp_path / "gpu" / "made-up-gpu-1" / "attention.json"
     path.parent.mkdir(parents=True)
     path.write_bytes(measured.path.read_bytes())
-    report.main(["--readme", str(readme)])
-    text = readme.read_text()
+    report.main(["--pages", str(pages)])
+    text = (pages / "performance.md").read_text()
     tables = dict(re.findall(r"<!-- speed: (\w+) -->\n(.*?)<!-- /speed -->", text, flags=re.DOTALL))
     here, there = tables["attention"].split("On one Made-up GPU 1:")
     assert "not yet measured" not in tables["attention"] and "`native`" in here
@@ -89,18 +91,18 @@ def test_a_gpu_has_a_table_of_its_own(results, readme, gpu_step, tmp_path):
     assert f"4 heads to a key head | {report._ratio(rows[1]['forward triton'])} |" in there
     assert f"| {rows[2]['shape']} | " in tables["attention_memory"].split("On one Made-up GPU 1:")[1]
     assert "not yet measured" in tables["training_step"] and "Made-up" not in tables["training_step"]
-    report.main(["--check", "--readme", str(readme)])
+    report.main(["--check", "--pages", str(pages)])
 
 
 @needs_triton
 @pytest.mark.slow
-def test_steps_and_losses_of_a_gpu_have_tables_of_their_own(results, readme, gpu_step, tmp_path):
+def test_steps_and_losses_of_a_gpu_have_tables_of_their_own(results, pages, gpu_step, tmp_path):
     for step in ("training_step", "cross_entropy"):
         path = tmp_path / "gpu" / "made-up-gpu-1" / f"{step}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gpu_step(step, "").path.read_bytes())
-    report.main(["--readme", str(readme)])
-    text = readme.read_text()
+    report.main(["--pages", str(pages)])
+    text = (pages / "performance.md").read_text()
     assert text.count("On one Made-up GPU 1:") == 2
     there = text.split("On one Made-up GPU 1:")
     assert "| model | batch | patched / stock | in plain PyTorch / stock |" in there[1]
@@ -118,12 +120,13 @@ def test_the_default_table_goes_before_longer_ones(results):
     assert table.count("| 88.0 |") == 1  # what the default table has not measured is filled in
 
 
-def test_mistakes_are_named(results, readme):
+def test_mistakes_are_named(results, pages):
     (results / "attention-cpu.json").unlink()
     for path in results.glob("attention_*-cpu.json"):
         path.unlink()
     with pytest.raises(SystemExit, match="run `python -m benchmarks.attention`"):
-        report.main(["--readme", str(readme)])
-    readme.write_text("no tables")
+        report.main(["--pages", str(pages)])
+    for path in pages.glob("*.md"):
+        path.write_text("no tables")
     with pytest.raises(SystemExit, match="there must be one table .* got none"):
-        report.main(["--readme", str(readme)])
+        report.main(["--pages", str(pages)])

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the results here, and no page")
     parser.add_argument("--again", action="store_true", help="only the types that did not pass in the results")
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a type got worse")
-    parser.add_argument("--page", action="store_true", help="run nothing, write the page and README's counts")
+    parser.add_argument("--page", action="store_true", help="run nothing, write the page and the counts in docs/")
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before Transformers is imported
     try:
@@ -107,4 +107,5 @@ def _exit_if_worse(lines: Sequence[str]) -> None:
 def _write_pages() -> None:
     found = results.read()
     page.PAGE.write_text(page.render(found), encoding="utf-8")
-    page.README.write_text(page.readme(page.README.read_text(encoding="utf-8"), found), encoding="utf-8")
+    text = page.document(page.DOCUMENT.read_text(encoding="utf-8"), found)
+    page.DOCUMENT.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""SUPPORTED_MODELS.md and the README's counts, made from the results of a sweep."""
+"""SUPPORTED_MODELS.md and the counts in docs/supported-models.md, made from the results of a sweep."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,10 +7,10 @@ from typing import Any
 from benchmarks.architectures.results import failures
 from benchmarks.common import ROOT
 
-__all__ = ["PAGE", "README", "counts", "readme", "render"]
+__all__ = ["DOCUMENT", "PAGE", "counts", "document", "render"]
 
 PAGE = ROOT / "SUPPORTED_MODELS.md"
-README = ROOT / "README.md"
+DOCUMENT = ROOT / "docs" / "supported-models.md"
 
 Row = Mapping[str, Any]
 _BLOCK = re.compile(r"(<!-- architectures -->\n).*?(<!-- /architectures -->)", flags=re.DOTALL)
@@ -79,7 +79,7 @@ def summary(rows: Sequence[Row]) -> str:
     return "| model types that | |\n| --- | --- |\n" + "\n".join(f"| {name} | {number} |" for name, number in lines)
 
 
-def readme(text: str, results: Mapping[str, Any]) -> str:
+def document(text: str, results: Mapping[str, Any]) -> str:
     """``text`` with the counts between its marks; raises ValueError unless they are there once."""
     if len(_BLOCK.findall(text)) != 1:
         raise ValueError("there must be one block `<!-- architectures --> ... <!-- /architectures -->`")
@@ -90,7 +90,7 @@ def readme(text: str, results: Mapping[str, Any]) -> str:
         f"{len(found['passed'])} pass every check of `python -m benchmarks.architectures`; "
         f"{len(found['refused']) + len(found['without attention'])} are refused in a sentence, "
         f"{len(found['without attention'])} of them for having no attention. "
-        "[SUPPORTED_MODELS.md](SUPPORTED_MODELS.md) lists them.\n"
+        "[SUPPORTED_MODELS.md](../SUPPORTED_MODELS.md) lists them.\n"
     )
     return _BLOCK.sub(lambda match: f"{match[1]}{line}{match[2]}", text)
 
