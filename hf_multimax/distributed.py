@@ -19,7 +19,7 @@ FSDP2 (``fully_shard``)
 DeepSpeed ZeRO-3
     keeps tensors of up to ``stage3_param_persistence_threshold`` elements whole on every process. Attention relies on
     that: leave it above the size of a tensor of a modulator (4 elements, times the number of heads with ``per_head``).
-    Not run by the tests, which have no DeepSpeed; recipes/accelerate/zero3.yaml says more.
+    A slow test compares it, and ZeRO-2, with one process; recipes/accelerate/zero3.yaml says more.
 """
 
 from torch import nn

@@ -16,13 +16,19 @@ from models import make
 
 from hf_multimax import MultiMaxConfig
 from hf_multimax.registry import get_normalizer, registered_normalizers
-from recipes.data import train_tokenizer
+from recipes.shared.tokens import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 #: Pages that the site shows as well.
-LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "SUPPORTED_MODELS.md", ROOT / "benchmarks" / "README.md"]
+LINKED = [
+    *PAGES,
+    ROOT / "CHANGELOG.md",
+    ROOT / "SUPPORTED_MODELS.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "recipes" / "README.md",
+]
 
 #: Runs each page in a process of its own, forked from one that has imported what all of them import.
 RUNNER = """
