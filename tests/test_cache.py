@@ -12,8 +12,8 @@ from hf_multimax.cache import cache_folder
         ({"HF_MULTIMAX_CACHE": "/somewhere", "XDG_CACHE_HOME": "/xdg"}, "/somewhere"),
         ({"HF_MULTIMAX_CACHE": "~"}, "/home/someone"),
         ({"HF_MULTIMAX_CACHE": "~/x"}, "/home/someone/x"),
-        ({"HF_MULTIMAX_CACHE": "x/~"}, "/work/x/~"),
-        ({"HF_MULTIMAX_CACHE": "../x"}, "/work/../x"),
+        ({"HF_MULTIMAX_CACHE": "x/~"}, "/here/x/~"),
+        ({"HF_MULTIMAX_CACHE": "../x"}, "/here/../x"),
         ({"HF_MULTIMAX_CACHE": ""}, "/home/someone/.cache/hf_multimax"),
         ({"HF_MULTIMAX_CACHE": "", "XDG_CACHE_HOME": "/xdg"}, "/xdg/hf_multimax"),
         ({"XDG_CACHE_HOME": "~/xdg"}, "/home/someone/xdg/hf_multimax"),
@@ -29,7 +29,7 @@ def test_the_cache_follows_the_environment(environment, expected, monkeypatch, t
     for name, value in {"HOME": "/home/someone", **environment}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    assert str(cache_folder()).replace(str(tmp_path), "/work") == expected
+    assert str(cache_folder()).replace(str(tmp_path), "/here") == expected
 
 
 @pytest.mark.parametrize("chosen", ["", "~nobody-of-this-name/x"])
