@@ -11,12 +11,13 @@ take about 20 minutes on two cores.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +85,33 @@ def _run(types: Sequence[str], jobs: int) -> list[Row]:
     from benchmarks.architectures.attempt import try_type
     from benchmarks.architectures.workers import run_all
 
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     start, rows = time.perf_counter(), []
-    for row in run_all(try_type, types, jobs, SECONDS, GIGABYTES):
-        seconds = row.pop("seconds")
-        seen = results.failures(row) or row.get("sentence") or row.get("reason") or ""
-        print(f"{len(rows) + 1}/{len(types)} {row['type']}: {row['status']} in {seconds:.1f} s {seen}", flush=True)
-        rows.append(row)
+    with _quiet():
+        for row in run_all(try_type, types, jobs, SECONDS, GIGABYTES):
+            seconds = row.pop("seconds")
+            seen = results.failures(row) or row.get("sentence") or row.get("reason") or ""
+            print(f"{len(rows) + 1}/{len(types)} {row['type']}: {row['status']} in {seconds:.1f} s {seen}", flush=True)
+            rows.append(row)
     print(f"\n{page.summary(rows)}\n\n{time.perf_counter() - start:.0f} s")
     return rows
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No logs, progress bars or warnings of the models that are tried, in the processes that are forked meanwhile."""
+    from transformers.utils import logging as their_logging
+
+    disabled, bars = logging.root.manager.disable, their_logging.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    their_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if bars:
+            their_logging.enable_progress_bar()
 
 
 def _exit_if_worse(lines: Sequence[str]) -> None:
