@@ -43,7 +43,6 @@ SDPA = "sdpa"
 REFERENCES = {"cpu": (SDPA,), "cuda": ("flash", "cudnn")}
 SDPA_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 BACKENDS = {"cpu": ("native", "tiled"), "cuda": ("triton",)}
-MODULES = {"native": "native", "tiled": "tiled", "triton": "triton_attention"}
 #: the plain formula holds several [queries, keys] matrices: on CUDA not beyond this many scores
 PLAIN_SCORES = 1 << 30
 
@@ -160,7 +159,7 @@ def softmax(shape: Shape, name: str) -> Callable[..., Tensor]:
 
 
 def _backend(name: str, shape: Shape) -> Callable[..., Tensor]:
-    attention = importlib.import_module(f"hf_multimax.kernels.{MODULES[name]}").attention
+    attention = importlib.import_module(f"hf_multimax.attention.{name}.backend").attention
     return lambda *x: attention(*x, causal=shape.causal)
 
 

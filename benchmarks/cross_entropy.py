@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.common import ROOT, add_thread_option, load, paired_timing, peak_extra_bytes, write_results
 from benchmarks.tables import table
 from hf_multimax.functional import modulate
-from hf_multimax.kernels.cross_entropy import multimax_linear_cross_entropy
+from hf_multimax.loss.cross_entropy import multimax_linear_cross_entropy
 
 WIDTH = 768
 CASES = ("512x32000", "512x50257", "512x128256")

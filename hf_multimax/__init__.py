@@ -4,15 +4,14 @@ import importlib
 from typing import Any
 
 from hf_multimax import peft
-from hf_multimax.attention import multimax_attention
-from hf_multimax.backends import backend, current_backend
+from hf_multimax.attention.choose import backend, current_backend
+from hf_multimax.attention.interface import multimax_attention
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.functional import modulate, multimax
-from hf_multimax.kernels.cross_entropy import multimax_linear_cross_entropy
+from hf_multimax.loss.cross_entropy import multimax_linear_cross_entropy
 from hf_multimax.models.classes import register_extension_points
 from hf_multimax.models.doors import open_doors
 from hf_multimax.models.patching import freeze_base, patch_model, print_trainable_parameters, unpatch_model
-from hf_multimax.modulator import MultiMax, Normalizer, is_patched, multimax_parameters
 from hf_multimax.normalizers import (
     Learned,
     Option,
@@ -22,6 +21,7 @@ from hf_multimax.normalizers import (
     registered_normalizers,
     rowwise,
 )
+from hf_multimax.normalizers.base import MultiMax, Normalizer, is_patched, multimax_parameters
 from hf_multimax.version import __version__
 
 __all__ = [
@@ -70,9 +70,9 @@ _LAZY = {
     "MultiMaxSeq2SeqTrainingArguments": "training",
     "MultiMaxTrainer": "training",
     "MultiMaxTrainingArguments": "training",
-    "SparsityAnnealing": "annealing",
+    "SparsityAnnealing": "normalizers.annealing",
     "parameter_groups": "training",
-    "push": "hub",
+    "push": "publishing.hub",
 }
 
 

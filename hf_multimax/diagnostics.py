@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_multimax.backends import backend
+from hf_multimax.attention.choose import backend
 from hf_multimax.models.patching import patch_model, unpatch_model
-from hf_multimax.modulator import Normalizer, named_normalizers
+from hf_multimax.normalizers.base import Normalizer, named_normalizers
 
 __all__ = ["Measure", "attention_statistics", "entropy", "modulator_curve", "multi_modality", "sparsity", "topk_mass"]
 

@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from hf_multimax.modulator import Normalizer
+from hf_multimax.normalizers.base import Normalizer
 
 __all__ = ["shard_modulators"]
 

@@ -13,7 +13,7 @@ from hf_multimax.models.classes import (
     registered_model_class,
 )
 from hf_multimax.models.configs import MultiMaxConfigMixin
-from hf_multimax.modulator import is_patched
+from hf_multimax.normalizers.base import is_patched
 
 __all__ = ["MultiMaxAutoConfig", "MultiMaxConfigMixin", "MultiMaxMixin", "is_patched"]
 

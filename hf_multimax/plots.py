@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from hf_multimax.functional import modulate
-from hf_multimax.modulator import Normalizer
-from hf_multimax.registry import normalize
+from hf_multimax.normalizers.base import Normalizer
+from hf_multimax.normalizers.registry import normalize
 
 __all__ = ["plot_modulators", "plot_normalizer"]
 
@@ -65,7 +65,7 @@ def plot_modulators(
     Args:
         layers: ``{name: {"ranges": ..., "ts": ...}}``, nested lists of ``[2N]`` or ``[heads, 2N]``, perhaps with
             ``scale`` and ``shift``: what results.json has under ``layers`` and what
-            :func:`hf_multimax.cards.layer_modulators` gives. Layers without ``ranges`` are left out.
+            :func:`hf_multimax.publishing.card.layer_modulators` gives. Layers without ``ranges`` are left out.
         path: where to save the figure, by its ending; None does not save.
 
     Returns:

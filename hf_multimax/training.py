@@ -29,10 +29,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_multimax.cards import layer_modulators, model_card
 from hf_multimax.diagnostics import attention_statistics
 from hf_multimax.models.loader_file import write_loader
-from hf_multimax.modulator import is_patched, multimax_parameters, named_normalizers, whole
+from hf_multimax.normalizers.base import is_patched, multimax_parameters, named_normalizers, whole
+from hf_multimax.publishing.card import layer_modulators, model_card
 
 __all__ = [
     "MultiMaxArgumentsMixin",

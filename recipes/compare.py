@@ -28,7 +28,7 @@ from typing import Any
 from scipy import stats
 from tqdm import tqdm
 
-from hf_multimax.results import Results
+from hf_multimax.publishing.results import Results
 from recipes.shared.checks import DataError, check_numbers
 from recipes.shared.curves import draw_curves
 from recipes.shared.record import RESULTS, over_seeds, read_yaml, recorded_config, write_json

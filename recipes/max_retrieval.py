@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, one_hot
 
 from hf_multimax import MultiMaxConfig, Normalizer, build_normalizer
-from hf_multimax.results import Figure, with_spread
+from hf_multimax.publishing.results import Figure, with_spread
 from recipes.shared.record import RESULTS, over_seeds, write_json
 from recipes.shared.table import markdown
 

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_multimax.cards import model_card
 from hf_multimax.plots import plot_modulators
-from hf_multimax.results import Results, one_line
+from hf_multimax.publishing.card import model_card
+from hf_multimax.publishing.results import Results, one_line
 from recipes.shared.curves import draw_curves
 from recipes.shared.table import comparison_rows, markdown
 

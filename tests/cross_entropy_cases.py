@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_multimax import modulate
-from hf_multimax.kernels import cross_entropy_chunks
-from hf_multimax.kernels.cross_entropy import multimax_linear_cross_entropy
+from hf_multimax.loss import chunks as cross_entropy_chunks
+from hf_multimax.loss.cross_entropy import multimax_linear_cross_entropy
 from tests.tolerances import RELATIVE, assert_no_worse, relative_error
 
 NAMES = ("hidden", "weight", "ranges", "ts", "bias", "scale", "shift")
@@ -126,7 +126,7 @@ def low_precision_is_no_worse_than_unfused(dtype, size=(64, 301, WIDTH), **optio
 @contextlib.contextmanager
 def kernel_on_cpu_tensors():
     """Where Triton interprets: its kernel runs on CPU tensors, in blocks that do not divide the vocabulary."""
-    from hf_multimax.kernels import triton_cross_entropy
+    from hf_multimax.loss import triton_rows as triton_cross_entropy
 
     with (
         mock.patch.object(triton_cross_entropy, "BLOCK", 32),

@@ -11,7 +11,7 @@ from zoo import zoo_inputs, zoo_model
 import hf_multimax.models.attachment
 import hf_multimax.models.changes
 from hf_multimax import is_patched, patch_model, unpatch_model
-from hf_multimax.modulator import Normalizer
+from hf_multimax.normalizers.base import Normalizer
 
 FILES = {hf_multimax.models.attachment.__file__, hf_multimax.models.changes.__file__}
 NAME = "BartForConditionalGeneration"

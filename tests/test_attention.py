@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import hf_multimax
-import hf_multimax.backends
+import hf_multimax.attention.choose
 from hf_multimax import MultiMax, backend, multimax_attention
-from hf_multimax.attention import attention_forward
+from hf_multimax.attention.interface import attention_forward
 
 F64 = torch.float64
 
@@ -194,11 +194,11 @@ def test_bad_input_is_named(change, error, text):
 
 
 def test_backends_nest_and_unknown_ones_are_refused():
-    before = hf_multimax.backends.current_backend()
+    before = hf_multimax.attention.choose.current_backend()
     with backend("eager"):
         with backend("auto"):
-            assert hf_multimax.backends.current_backend() == "auto"
-        assert hf_multimax.backends.current_backend() == "eager"
+            assert hf_multimax.attention.choose.current_backend() == "auto"
+        assert hf_multimax.attention.choose.current_backend() == "eager"
     with pytest.raises(ValueError, match="nonsense.*eager"), backend("nonsense"):
         pass
-    assert hf_multimax.backends.current_backend() == before
+    assert hf_multimax.attention.choose.current_backend() == before

@@ -13,8 +13,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from hf_multimax import backend, backend_choice, current_backend, multimax_attention
-from hf_multimax.kernels import native
+from hf_multimax import backend, current_backend, multimax_attention
+from hf_multimax.attention import choice as backend_choice
+from hf_multimax.attention.native import backend as native
 
 NAMES = ("eager", "tiled", "native")
 

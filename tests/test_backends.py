@@ -8,8 +8,9 @@ from tolerances import relative_error
 from torch import nn
 
 from hf_multimax import MultiMax, backend, multimax_attention, multimax_parameters, patch_model
-from hf_multimax.backends import choose_kernel
-from hf_multimax.kernels import native, tiled
+from hf_multimax.attention.choose import choose_kernel
+from hf_multimax.attention.native import backend as native
+from hf_multimax.attention.tiled import backend as tiled
 
 needs_native = pytest.mark.skipif(not native.available(), reason=native.reason() or "compiled")
 

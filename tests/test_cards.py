@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
-import hf_multimax.cards
+import hf_multimax.publishing.card
 from hf_multimax import multimax_parameters, patch_model
-from hf_multimax.cards import layer_modulators, model_card, read_metrics
 from hf_multimax.diagnostics import attention_statistics
 from hf_multimax.plots import plot_modulators
-from hf_multimax.results import MEASURES, Figure, Results
+from hf_multimax.publishing.card import layer_modulators, model_card, read_metrics
+from hf_multimax.publishing.results import MEASURES, Figure, Results
 from recipes import report
 
 ROOT = Path(__file__).parents[1]
@@ -571,8 +571,8 @@ def test_half_a_block_is_refused(model, marker):
 def test_the_template_is_the_package_s():
     link = ROOT / "model_cards" / "template.md"
     assert link.is_symlink()
-    assert link.resolve() == Path(hf_multimax.cards.__file__).parent / "card_template.md"
-    assert "card_template.md" in (ROOT / "pyproject.toml").read_text()
+    assert link.resolve() == Path(hf_multimax.publishing.card.__file__).parent / "template.md"
+    assert "publishing/template.md" in (ROOT / "pyproject.toml").read_text()
 
 
 # -- figures and the report -------------------------------------------------------------------------------------------

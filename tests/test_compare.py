@@ -11,7 +11,7 @@ import yaml
 from scipy import stats
 
 from hf_multimax import is_patched
-from hf_multimax.results import Results
+from hf_multimax.publishing.results import Results
 from recipes import compare, language_modeling
 from recipes.shared.checks import DataError
 from recipes.shared.data.text import load_text

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_multimax.kernels import cross_entropy_problem
-from hf_multimax.kernels.cross_entropy import (
+from hf_multimax.loss import problem as cross_entropy_problem
+from hf_multimax.loss.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_rows,
     linear_cross_entropy_rows_backward,
@@ -421,7 +421,7 @@ def test_triton_kernel_compiles_for_sm90(full):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hf_multimax.kernels import triton_cross_entropy as kernels
+    from hf_multimax.loss import triton_rows as kernels
 
     pointers = ("x_ptr", "losses", "sums", "ranges", "ts", "bias", "scale", "shift", "weights")
     signature = dict.fromkeys(pointers, "*fp32") | {"labels": "*i64", "vocab": "i32", "ignore_index": "i32"}

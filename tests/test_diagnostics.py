@@ -243,7 +243,7 @@ def test_measuring_leaves_the_model_as_it_was(patched):
     assert [name for name, _ in model.named_modules()] == names
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert all("modulate" not in vars(module) for module in model.modules())
-    assert torch.is_grad_enabled() and hf_multimax.backends.current_backend() == "auto"
+    assert torch.is_grad_enabled() and hf_multimax.attention.choose.current_backend() == "auto"
 
 
 def test_only_patched_layers_are_measured_and_the_output_modulator_is_none():

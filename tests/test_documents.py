@@ -15,7 +15,7 @@ from hub_server import TOKEN, HubServer
 from models import make
 
 from hf_multimax import MultiMaxConfig
-from hf_multimax.registry import get_normalizer, registered_normalizers
+from hf_multimax.normalizers.registry import get_normalizer, registered_normalizers
 from recipes.shared.tokens import train_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from extreme_scores import FLOAT, ORDERS, Call, attention_weights
 from torch.nn.functional import cross_entropy
 
 from hf_multimax import backend, modulate, multimax, multimax_attention, multimax_linear_cross_entropy
-from hf_multimax.kernels import native
+from hf_multimax.attention.native import backend as native
 
 HUGE = (1e4, -1e4, 1e20, -1e20, -1e30, 1e37, -1e37)
 

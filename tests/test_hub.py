@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, get_session
 from models import make
 
 from hf_multimax import patch_model, push
-from hf_multimax.cards import model_card
+from hf_multimax.publishing.card import model_card
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,14 +8,9 @@ from attention_cases import reference
 from models import make
 from torch.autograd import forward_ad
 
-from hf_multimax import (
-    backend,
-    multimax_attention,
-    multimax_linear_cross_entropy,
-    multimax_parameters,
-    patch_model,
-)
-from hf_multimax.kernels import native, tiled
+from hf_multimax import backend, multimax_attention, multimax_linear_cross_entropy, multimax_parameters, patch_model
+from hf_multimax.attention.native import backend as native
+from hf_multimax.attention.tiled import backend as tiled
 from tests.tolerances import relative_error
 
 BACKENDS = ["eager", "tiled", "native"]
@@ -101,7 +96,7 @@ def test_a_chosen_kernel_refuses_the_derivatives_of_torch_func(chosen):
 @pytest.mark.parametrize("normalizer", ["multimax", "scalable_softmax"])
 def test_gradients_of_each_example_by_torch_func(normalizer, monkeypatch):
     """Of attention and of the output layer, where the usual gradients come from kernels."""
-    monkeypatch.setattr("hf_multimax.backends.SMALL", 0)
+    monkeypatch.setattr("hf_multimax.attention.choose.SMALL", 0)
     model = patch_model(make("GPT2LMHeadModel"), normalizer=normalizer, output=normalizer == "multimax").train()
     with torch.no_grad():
         for parameter in multimax_parameters(model).values():

@@ -12,36 +12,50 @@ import hf_multimax
 PACKAGE = Path(hf_multimax.__file__).parent
 #: What every user has (huggingface_hub comes with transformers); other packages are imported where they are used.
 EVERYWHERE = {*sys.stdlib_module_names, "torch", "transformers", "numpy", "safetensors", "huggingface_hub"}
-#: Earlier modules know nothing of later ones.
+#: Earlier modules and packages know nothing of later ones; the longest entry that a name begins with is its place.
 ORDER = (
     "version",
     "cache",
     "config",
     "functional",
-    "modulator",
-    "structured",
-    "registry",
+    "attention.__init__",
+    "attention.context",
+    "attention.operators",
+    "attention.arguments",
+    "attention.tiled",
+    "attention.native",
+    "attention.triton",
+    "loss",
+    "normalizers.base",
+    "normalizers.registry",
     "normalizers",
-    "kernels",
-    "backend_choice",
-    "backends",
-    "attention",
-    "results",
-    "card_subject",
-    "card_tables",
-    "cards",
+    "attention.choice",
+    "attention.choose",
+    "attention.eager",
+    "attention.interface",
+    "publishing.__init__",
+    "publishing.results",
+    "publishing.subject",
+    "publishing.tables",
+    "publishing.card",
     "plots",
-    "hub",
+    "publishing.hub",
     "models",
     "modeling",
     "distributed",
     "peft",
     "convert",
-    "annealing",
+    "normalizers.annealing",
     "diagnostics",
     "training",
     "__init__",
 )
+#: What computes with tensors alone.
+KERNELS = ("attention.context", "attention.operators", "attention.arguments")
+KERNELS = (*KERNELS, "attention.tiled", "attention.native", "attention.triton", "loss")
+
+
+FOLDERS = {str(path.parent.relative_to(PACKAGE)).replace("/", ".") for path in PACKAGE.glob("*/**/__init__.py")}
 
 
 def modules() -> dict[str, Path]:
@@ -49,17 +63,19 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """The top-level modules of this package that a file imports anywhere, inside functions, too."""
-    found = set()
+    """The modules and packages of this package that a file imports anywhere, inside functions, too."""
+    known, found = set(modules()), set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            found.add("kernels")
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "hf_multimax":
-            rest = node.module.split(".")[1:]
-            found |= {rest[0]} if rest else {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            names = (alias.name.split(".") for alias in node.names)
-            found |= {name[1] for name in names if name[0] == "hf_multimax" and len(name) > 1}
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in (name.removeprefix("hf_multimax.") for name in names if name.startswith("hf_multimax.")):
+            package = name.rpartition(".")[0]
+            found |= {name} & known or {name} & FOLDERS or {package} & (known | FOLDERS) or {"__init__"}
     return found
 
 
@@ -78,26 +94,37 @@ def outer_imports(path: Path) -> set[str]:
 
 
 def place(name: str) -> int:
-    return ORDER.index(name.split(".")[0])
+    name = f"{name}.__init__" if name in FOLDERS and f"{name}.__init__" in ORDER else name
+    return ORDER.index(max((known for known in ORDER if f"{name}.".startswith(f"{known}.")), key=len))
 
 
 @pytest.mark.parametrize("name", modules())
 def test_a_module_imports_only_what_comes_before_it(name):
     for other in imports(modules()[name]):
-        own_package = name.split(".")[0] if "." in name else None
-        assert place(other) < place(name) or other == own_package, other
+        same = ORDER[place(other)] == ORDER[place(name)]
+        assert place(other) < place(name) or same, other
 
 
-@pytest.mark.parametrize("name", [name for name in modules() if name.startswith("kernels")])
+@pytest.mark.parametrize("folder", sorted({name for name in ORDER if any(m.startswith(f"{name}.") for m in modules())}))
+def test_no_two_modules_of_a_package_need_each_other(folder):
+    inside = {name: imports(path) for name, path in modules().items() if ORDER[place(name)] == folder}
+    waiting = {name: {other for other in others if other in inside} - {name} for name, others in inside.items()}
+    while waiting:
+        ready = {name for name, others in waiting.items() if not others & waiting.keys()}
+        assert ready, f"these import each other: {waiting}"
+        waiting = {name: others for name, others in waiting.items() if name not in ready}
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name.startswith(KERNELS)])
 def test_kernels_stand_alone(name):
-    assert imports(modules()[name]) <= {"kernels", "cache"}
+    assert all(other.startswith((*KERNELS, "cache")) for other in imports(modules()[name]))
 
 
 @pytest.mark.parametrize("name", modules())
 def test_a_module_is_imported_without_optional_packages(name):
-    kernels = {"triton"} if name.startswith("kernels.triton_") and name != "kernels.triton_attention" else set()
+    triton = name.startswith(("attention.triton.", "loss.triton")) and not name.endswith(("backend", "__init__"))
     peft = {"peft"} if name in ("peft.config", "peft.layer", "peft.model") else set()
-    assert outer_imports(modules()[name]) <= EVERYWHERE | kernels | peft
+    assert outer_imports(modules()[name]) <= EVERYWHERE | ({"triton"} if triton else set()) | peft
 
 
 def test_what_is_slow_to_import_is_not_imported():
@@ -109,7 +136,12 @@ def test_what_is_slow_to_import_is_not_imported():
     loaded = set(done.stdout.split())
     assert "hf_multimax.attention" in loaded
     assert not loaded & {"transformers.trainer", "accelerate", "entmax", "triton", "matplotlib", "jinja2", "peft"}
-    assert not loaded & {"hf_multimax.training", "hf_multimax.cards", "hf_multimax.diagnostics", "hf_multimax.hub"}
+    assert not loaded & {
+        "hf_multimax.training",
+        "hf_multimax.publishing.card",
+        "hf_multimax.diagnostics",
+        "hf_multimax.publishing.hub",
+    }
 
 
 def test_recipes_and_benchmarks_use_public_names_only():

@@ -24,8 +24,8 @@ from hf_multimax import (
     parameter_groups,
     patch_model,
 )
-from hf_multimax.cards import layer_modulators
 from hf_multimax.diagnostics import attention_statistics
+from hf_multimax.publishing.card import layer_modulators
 
 QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
 

@@ -21,7 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_multimax.kernels import native, native_build, native_library, native_store
+from hf_multimax.attention.native import backend as native
+from hf_multimax.attention.native import build as native_build
+from hf_multimax.attention.native import library as native_library
+from hf_multimax.attention.native import store as native_store
 
 pytestmark = [
     pytest.mark.skipif(not native.available(), reason=f"no native backend here: {native.reason()}"),
@@ -525,7 +528,7 @@ def test_on_other_systems_one_sentence_says_so(machine, monkeypatch):
 @pytest.mark.slow
 def test_a_process_of_its_own_compiles_and_a_second_one_finds_it(tmp_path):
     script = (
-        "import torch\nfrom hf_multimax.kernels import native\nq = torch.ones(1, 1, 4, 8)\n"
+        "import torch\nfrom hf_multimax.attention.native import backend as native\nq = torch.ones(1, 1, 4, 8)\n"
         "print(native.attention(q, q, q, torch.zeros(4), torch.zeros(4)).sum().item())"
     )
     for path in (os.environ["PATH"], str(tmp_path)):

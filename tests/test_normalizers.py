@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 import hf_multimax
 from benchmarks.normalizers import timings
 from hf_multimax import MultiMaxConfig, multimax_parameters, normalize, patch_model, register_normalizer
-from hf_multimax.annealing import SparsityAnnealing, set_sparsity
 from hf_multimax.normalizers import FunctionNormalizer, build_normalizer, get_normalizer, rowwise
-from hf_multimax.registry import _REGISTRY
+from hf_multimax.normalizers.annealing import SparsityAnnealing, set_sparsity
+from hf_multimax.normalizers.registry import _REGISTRY
 from recipes.max_retrieval import FUNCTIONS, main
 
 # -- the definitions, for one row of unmasked scores in float64 --------------------------------------------------------

@@ -37,8 +37,8 @@ from hf_multimax import (
     patch_model,
     unpatch_model,
 )
-from hf_multimax.modulator import named_normalizers
-from hf_multimax.peft import MultiMaxAdapterConfig, bridge
+from hf_multimax.normalizers.base import named_normalizers
+from hf_multimax.peft import MultiMaxAdapterConfig, bridge, names
 from hf_multimax.peft.files import RECORD
 
 ARCHITECTURES = {
@@ -808,8 +808,8 @@ def test_registering_again_changes_nothing():
 
     members = list(PeftType)
     bridge.register()
-    assert list(PeftType) == members and members.count(bridge.TYPE) == 1
-    assert PeftType(bridge.TYPE) is PeftType.MULTIMAX_ADAPTER is MultiMaxAdapterConfig().peft_type
+    assert list(PeftType) == members and members.count(names.TYPE) == 1
+    assert PeftType(names.TYPE) is PeftType.MULTIMAX_ADAPTER is MultiMaxAdapterConfig().peft_type
     assert pickle.loads(pickle.dumps(PeftType.MULTIMAX_ADAPTER)) is PeftType.MULTIMAX_ADAPTER
 
 

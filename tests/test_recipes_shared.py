@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_multimax.results import Results
+from hf_multimax.publishing.results import Results
 from recipes.image_classification import add_stochastic_depth
 from recipes.shared.checks import DataError, check_numbers
 from recipes.shared.data.images import StoredImages, load_images, read_folder

@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import lsq_linear
 from sklearn.isotonic import IsotonicRegression
 
-from hf_multimax.structured import prox_oscar, prox_tv
+from hf_multimax.normalizers.structured import prox_oscar, prox_tv
 
 
 def tv_reference(y: np.ndarray, lam: float) -> np.ndarray:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from hf_multimax.attention.tiled import backend as tiled
+from hf_multimax.attention.tiled import tiles
 from hf_multimax.functional import masked_softmax
-from hf_multimax.kernels import tiled, tiles
 from tests.attention_cases import CASES, Case, check, reference, run
 
 NAN, INFINITY = float("nan"), float("inf")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_multimax.kernels.triton_attention import attention, unsupported, varlen_attention
+from hf_multimax.attention.triton.backend import attention, unsupported, varlen_attention
 from tests.attention_cases import Case
 from tests.triton_checks import CHECKS
 
@@ -60,7 +60,7 @@ def compile_for_hopper(width: int, dtype: str, features: str) -> None:
     and the accesses to spilled registers in all its loops.
     """
     from benchmarks.instructions import compiling_for_hopper
-    from hf_multimax.kernels import triton_launch
+    from hf_multimax.attention.triton import launch as triton_launch
 
     problem = _problem(triton_launch.Problem, width, getattr(torch, dtype), features)
     out = torch.empty_like(problem.q)
@@ -156,7 +156,7 @@ def _meta(rows: int = 5, keys: int = 7, **more):
 def test_import_needs_no_triton():
     script = (
         "import sys; sys.modules['triton'] = None; "
-        "import torch; from hf_multimax.kernels.triton_attention import unsupported; "
+        "import torch; from hf_multimax.attention.triton.backend import unsupported; "
         "x = torch.empty(1, 1, 1, 1); print(unsupported(x, x, x, x, x))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -12,9 +12,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from hf_multimax.attention import eager_attention
+from hf_multimax.attention.interface import eager_attention
+from hf_multimax.attention.triton.backend import attention, varlen_attention
 from hf_multimax.functional import masked_softmax, modulate
-from hf_multimax.kernels.triton_attention import attention, varlen_attention
 from tests import extreme_scores
 from tests.attention_cases import Case, check, doubled, reference, run
 from tests.tolerances import RELATIVE, assert_close, assert_draws_no_worse, assert_none_worse, relative_error

@@ -78,7 +78,7 @@ def triton_fault() -> str | None:
     import torch
     import triton
 
-    from hf_multimax.kernels.triton_attention import attention
+    from hf_multimax.attention.triton.backend import attention
 
     q = torch.ones(1, 1, 17, 16)
     scalars = torch.zeros(4)

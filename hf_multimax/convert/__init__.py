@@ -18,7 +18,7 @@ from hf_multimax.convert.fairseq import read_lm, read_translation, write_lm, wri
 from hf_multimax.convert.layouts import Weights, read_file
 from hf_multimax.convert.lm_head import read_lm_head, write_lm_head
 from hf_multimax.convert.vit import read_vit, write_vit
-from hf_multimax.modulator import is_patched
+from hf_multimax.normalizers.base import is_patched
 
 __all__ = ["from_authors", "to_authors"]
 

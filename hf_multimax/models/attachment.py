@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_multimax.attention import IMPLEMENTATION
+from hf_multimax.attention.interface import IMPLEMENTATION
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.models.changes import Changes
 from hf_multimax.models.configs import MultiMaxConfigMixin, config_class
@@ -27,8 +27,8 @@ from hf_multimax.models.masks import ADDITIVE, mask_kinds, owner_of
 from hf_multimax.models.output import check_output_supported
 from hf_multimax.models.outside import OutsideMixin, outside_class
 from hf_multimax.models.switching import SwitchingMixin, switching_class, switching_modules
-from hf_multimax.modulator import Normalizer
 from hf_multimax.normalizers import build_normalizer, get_normalizer
+from hf_multimax.normalizers.base import Normalizer
 
 __all__ = ["attach", "build_normalizers", "detach", "output_modulator"]
 

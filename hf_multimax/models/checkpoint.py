@@ -23,10 +23,10 @@ from transformers.utils import (
     is_peft_available,
 )
 
-from hf_multimax.attention import IMPLEMENTATION
+from hf_multimax.attention.interface import IMPLEMENTATION
 from hf_multimax.config import shown
 from hf_multimax.models.loader_file import AUTO_MAP
-from hf_multimax.modulator import Normalizer, whole
+from hf_multimax.normalizers.base import Normalizer, whole
 
 __all__ = [
     "MODEL_TYPE",

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from hf_multimax.attention import CONTINUOUS_BATCHING_REFUSED, IMPLEMENTATION, attention_forward
+from hf_multimax.attention.interface import CONTINUOUS_BATCHING_REFUSED, IMPLEMENTATION, attention_forward
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.models.attachment import attach
 from hf_multimax.models.changes import Changes
@@ -34,19 +34,15 @@ from hf_multimax.models.checkpoint import (
     weights_path,
 )
 from hf_multimax.models.checkpointing import kept
-from hf_multimax.models.configs import (
-    MultiMaxConfigMixin,
-    config_class,
-    stock_copy,
-)
+from hf_multimax.models.configs import MultiMaxConfigMixin, config_class, stock_copy
 from hf_multimax.models.divergence import watch
 from hf_multimax.models.generated import make_class, register
 from hf_multimax.models.loader_file import write_loader
 from hf_multimax.models.masks import attention_mask
 from hf_multimax.models.output import modulated_forward
 from hf_multimax.models.replacement import check_replacement
-from hf_multimax.modulator import Normalizer, NormalizerSwitch, named_places
 from hf_multimax.normalizers import build_normalizer
+from hf_multimax.normalizers.base import Normalizer, NormalizerSwitch, named_places
 
 __all__ = [
     "MultiMaxAutoConfig",
@@ -209,18 +205,18 @@ class MultiMaxMixin:
             return
         write_loader(folder)
         if push_to_hub:
-            import hf_multimax.hub  # it builds on this module
+            import hf_multimax.publishing.hub  # it builds on this module
 
             after = self._get_files_timestamps(folder)
             written = [name for name in after if after[name] != before.get(name) and (folder / name).is_file()]
             hub = {"repo_id": folder.name, "token": kwargs.get("token"), **hub}
-            hf_multimax.hub.publish(self, folder, sorted(written), **hub)
+            hf_multimax.publishing.hub.publish(self, folder, sorted(written), **hub)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """As every ``push_to_hub``, in one commit with the card and the loader file: see :func:`hf_multimax.push`."""
-        import hf_multimax.hub  # it builds on this module
+        import hf_multimax.publishing.hub  # it builds on this module
 
-        return hf_multimax.hub.push(self, repo_id, **kwargs)
+        return hf_multimax.publishing.hub.push(self, repo_id, **kwargs)
 
 
 def _saved_as_adapter(model: PreTrainedModel) -> bool:

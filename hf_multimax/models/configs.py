@@ -20,7 +20,7 @@ from transformers.models.auto import (
     tokenization_auto,
 )
 
-from hf_multimax.attention import IMPLEMENTATION
+from hf_multimax.attention.interface import IMPLEMENTATION
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.models.checkpoint import (
     MODEL_TYPE,

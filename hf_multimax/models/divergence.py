@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_multimax.modulator import Normalizer
+from hf_multimax.normalizers.base import Normalizer
 
 __all__ = ["watch"]
 

@@ -17,12 +17,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
-from hf_multimax.attention import IMPLEMENTATION
+from hf_multimax.attention.interface import IMPLEMENTATION
 from hf_multimax.models.checkpoint import MODEL_TYPE, is_multimax_key, tell_loading_info
 from hf_multimax.models.classes import MultiMaxMixin, registered_model_class
 from hf_multimax.models.configs import MultiMaxConfigMixin, is_multimax_config, parts_of
 from hf_multimax.models.loader_file import write_loader
-from hf_multimax.modulator import Normalizer, is_patched
+from hf_multimax.normalizers.base import Normalizer, is_patched
 
 __all__ = ["open_doors", "patched_parts"]
 

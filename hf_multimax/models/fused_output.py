@@ -12,9 +12,9 @@ from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
-from hf_multimax.kernels.cross_entropy import multimax_linear_cross_entropy
+from hf_multimax.loss.cross_entropy import multimax_linear_cross_entropy
 from hf_multimax.models.discovery import code_names
-from hf_multimax.modulator import MultiMax, active_normalizer
+from hf_multimax.normalizers.base import MultiMax, active_normalizer
 
 __all__ = ["FusedLoss", "captured_input", "fused_loss"]
 

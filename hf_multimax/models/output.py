@@ -11,18 +11,12 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_multimax.attention.context import differentiated_by_functions
 from hf_multimax.functional import compute_dtype
-from hf_multimax.kernels import differentiated_by_functions
 from hf_multimax.models.discovery import code_names
 from hf_multimax.models.fused_output import FusedLoss, captured_input, fused_loss
 from hf_multimax.models.replacement import check_class_forward, check_replacement
-from hf_multimax.modulator import (
-    Normalizer,
-    acting_by_row,
-    active_normalizer,
-    normalizers_by_row,
-    on_its_device,
-)
+from hf_multimax.normalizers.base import Normalizer, acting_by_row, active_normalizer, normalizers_by_row, on_its_device
 
 __all__ = ["check_output_supported", "modulated_forward"]
 

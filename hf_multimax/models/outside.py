@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hf_multimax.attention import scaled_dot_product_multimax
+from hf_multimax.attention.context import autocast_dtype
+from hf_multimax.attention.interface import scaled_dot_product_multimax
 from hf_multimax.functional import compute_dtype
-from hf_multimax.kernels import autocast_dtype
 from hf_multimax.models.exceptions import MAY_REST
 from hf_multimax.models.generated import make_class
-from hf_multimax.modulator import Normalizer, normalizer_of_all_rows, on_its_device
+from hf_multimax.normalizers.base import Normalizer, normalizer_of_all_rows, on_its_device
 
 __all__ = ["MASKED", "OutsideMixin", "outside_class"]
 

@@ -16,7 +16,13 @@ from hf_multimax.models.classes import registered_model_class
 from hf_multimax.models.discovery import find_layers
 from hf_multimax.models.divergence import watch
 from hf_multimax.models.doors import patched_parts
-from hf_multimax.modulator import Normalizer, NormalizerSwitch, is_patched, multimax_parameters, named_normalizers
+from hf_multimax.normalizers.base import (
+    Normalizer,
+    NormalizerSwitch,
+    is_patched,
+    multimax_parameters,
+    named_normalizers,
+)
 
 __all__ = [
     "freeze_base",

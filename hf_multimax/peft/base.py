@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.models.checkpoint import is_multimax_key
 from hf_multimax.models.patching import patch_model
-from hf_multimax.modulator import MultiMax, Normalizer, NormalizerSwitch, is_patched, named_places
-from hf_multimax.peft.bridge import CONTAINER, is_ours
+from hf_multimax.normalizers.base import MultiMax, Normalizer, NormalizerSwitch, is_patched, named_places
 from hf_multimax.peft.files import HUB_ARGUMENTS, RECORD, read_config, read_record, read_scalars, scalars_among
 from hf_multimax.peft.fit import KEY_PREFIX, SHARED_FIELDS, check_finite_scalars, check_same, check_scalars, place_of
+from hf_multimax.peft.names import CONTAINER, is_ours
 
 __all__ = ["check_modules_to_save", "prepare_base", "put_scalars", "write_record"]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from hf_multimax.modulator import named_places
-from hf_multimax.peft.bridge import CONTAINER
+from hf_multimax.normalizers.base import named_places
+from hf_multimax.peft.names import CONTAINER
 
 __all__ = ["add_to_card"]
 

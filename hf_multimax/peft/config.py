@@ -14,7 +14,7 @@ from hf_multimax.models.discovery import find_layers, select_layers
 from hf_multimax.models.generated import stock_of
 from hf_multimax.models.output import check_output_supported
 from hf_multimax.normalizers import build_normalizer
-from hf_multimax.peft.bridge import TYPE
+from hf_multimax.peft.names import TYPE
 
 __all__ = ["MultiMaxAdapterConfig", "patch_config"]
 

@@ -6,7 +6,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from hf_multimax.models.checkpoint import check_finite
-from hf_multimax.modulator import Normalizer, NormalizerSwitch, StockSoftMax, active_normalizer
+from hf_multimax.normalizers.base import Normalizer, NormalizerSwitch, StockSoftMax, active_normalizer
 
 __all__ = ["MultiMaxLayer"]
 

@@ -15,11 +15,11 @@ from hf_multimax.models.checkpointing import keep_gradients
 from hf_multimax.models.classes import registered_model_class
 from hf_multimax.models.divergence import watch
 from hf_multimax.models.patching import OUTPUT, patch_model, unpatch_model
-from hf_multimax.modulator import Normalizer, StockSoftMax, is_patched, named_places
-from hf_multimax.peft.bridge import PREFIX
+from hf_multimax.normalizers.base import Normalizer, StockSoftMax, is_patched, named_places
 from hf_multimax.peft.config import MultiMaxAdapterConfig, patch_config
 from hf_multimax.peft.fit import check_same, place_of
 from hf_multimax.peft.layer import MultiMaxLayer
+from hf_multimax.peft.names import PREFIX
 
 __all__ = ["MultiMaxAdapterModel"]
 

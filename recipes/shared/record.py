@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 import hf_multimax
 from hf_multimax import is_patched, multimax_parameters
-from hf_multimax.cards import layer_modulators
 from hf_multimax.diagnostics import attention_statistics
-from hf_multimax.results import Figure
+from hf_multimax.publishing.card import layer_modulators
+from hf_multimax.publishing.results import Figure
 from recipes.shared.checks import DataError
 from recipes.shared.table import columns
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hf_multimax.results import Results, metric_label
+from hf_multimax.publishing.results import Results, metric_label
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

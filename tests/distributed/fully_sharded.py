@@ -13,8 +13,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from distributed.common import ADAM, dtypes, errors, gradients, mean, own, stirred, weights, whole_batch
 from hf_multimax import Normalizer, backend, multimax_parameters
+from hf_multimax.attention.tiled import backend as tiled
 from hf_multimax.distributed import shard_modulators
-from hf_multimax.kernels import tiled
 
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

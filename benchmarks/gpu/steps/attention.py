@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.attention import SDPA, Shape, both_passes, forward_pass, measure, peak_memory, scalars, softmax
 from benchmarks.common import paired_timing
 from benchmarks.gpu.cases import Case, Settings
-from hf_multimax.kernels.triton_attention import attention
+from hf_multimax.attention.triton.backend import attention
 
 __all__ = ["cases", "roof"]
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu.cases import Case, Settings
 from benchmarks.gpu.steps import correctness_models, correctness_runtime
-from hf_multimax.kernels.triton_attention import attention
+from hf_multimax.attention.triton.backend import attention
 from tests import attention_cases, cross_entropy_cases, triton_checks
 from tests.attention_cases import Case as Call
 from tests.triton_checks import CHECKS

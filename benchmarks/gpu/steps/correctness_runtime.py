@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.gpu.cases import Settings, Skipped
 from hf_multimax import multimax_linear_cross_entropy
-from hf_multimax.kernels.triton_attention import attention
+from hf_multimax.attention.triton.backend import attention
 from tests import cross_entropy_cases
 from tests.attention_cases import Case as Call
 from tests.attention_cases import check, run

@@ -84,7 +84,7 @@ def _tools() -> dict[str, object]:
 
 
 def _kernel(settings: Settings) -> dict[str, object]:
-    from hf_multimax.kernels.triton_attention import attention
+    from hf_multimax.attention.triton.backend import attention
 
     if fault := triton_fault():
         raise RuntimeError(fault)

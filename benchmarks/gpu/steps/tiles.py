@@ -13,9 +13,9 @@ from benchmarks.attention import Shape, scalars
 from benchmarks.common import paired_timing
 from benchmarks.gpu.cases import Case, Settings, described
 from benchmarks.instructions import recorded_launches
-from hf_multimax.kernels import triton_launch
-from hf_multimax.kernels.triton_attention import attention
-from hf_multimax.kernels.triton_launch import Tile
+from hf_multimax.attention.triton import launch as triton_launch
+from hf_multimax.attention.triton.backend import attention
+from hf_multimax.attention.triton.launch import Tile
 from tests.tolerances import RELATIVE, assert_close
 
 __all__ = ["cases"]

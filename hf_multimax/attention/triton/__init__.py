@@ -1,0 +1,1 @@
+"""Attention on GPUs in Triton; the kernels themselves run in Triton's interpreter, too."""

@@ -1,0 +1,385 @@
+"""Backward pass of MultiMax attention in Triton: probabilities are recomputed, nothing is accumulated atomically.
+
+Order of the launches: :func:`dq_kernel`, which also finds delta, then :func:`dkdv_kernel` (also the scalars' partial
+sums) and :func:`hf_multimax.attention.triton.bias.bias_kernel`, which read it.
+"""
+
+import triton
+import triton.language as tl
+
+from hf_multimax.attention.triton.common import (
+    LN2,
+    LOG2E,
+    add_sums,
+    broadcast_norm,
+    clamp_constant,
+    dot,
+    dropout_keep,
+    head_base,
+    key_bounds,
+    load_affine,
+    load_modulator,
+    load_norm,
+    load_rows,
+    maybe_head_base,
+    probabilities,
+    query_bounds,
+    scalar_moments,
+    span,
+    store_rows,
+    zero_sums,
+)
+
+#: a row whose largest modulated score (base 2) is beyond this may have slopes that magnify delta's rounding
+STEEP = tl.constexpr(256.0)
+
+
+@triton.jit
+def _store_scalar_gradients(partial, sums, exists, modulator, AFFINE: tl.constexpr, ORDER: tl.constexpr):
+    """Gradients from sums by key, laid out as ranges [2N], ts [2N], then scale and shift of the affine map."""
+    b, d, t_b, t_d = modulator
+    fold = LN2
+    for n in tl.static_range(ORDER):
+        tl.store(partial + 2 * n, (n + 1) * t_b[n] * _total(sums[4 * n + 2], exists))
+        tl.store(partial + (2 * n + 1), -(n + 1) * t_d[n] * _total(sums[4 * n + 3], exists))
+        tl.store(partial + (2 * ORDER + 2 * n), fold * _total(sums[4 * n], exists))
+        tl.store(partial + (2 * ORDER + 2 * n + 1), fold * _total(sums[4 * n + 1], exists))
+        fold = fold * LN2
+    if AFFINE:
+        tl.store(partial + 4 * ORDER, _total(sums[4 * ORDER], exists))
+        tl.store(partial + (4 * ORDER + 1), _total(sums[4 * ORDER + 1], exists))
+
+
+@triton.jit
+def _total(sums, exists):
+    return tl.sum(tl.where(exists[:, None], sums, 0.0))
+
+
+@triton.jit
+def dq_kernel(
+    q,
+    k,
+    v,
+    o,
+    residual,
+    do,
+    dq,
+    peaks,
+    totals,
+    delta,
+    ranges,
+    ts,
+    affine_scale,
+    affine_shift,
+    sinks,
+    mask,
+    bias,
+    seed,
+    cu_q,
+    cu_k,
+    s_q,
+    s_k,
+    s_v,
+    s_o,
+    s_do,
+    s_dq,
+    s_row,
+    s_mask,
+    s_bias,
+    s_head,
+    heads,
+    group,
+    n_rows,
+    n_cols,
+    blocks,
+    threshold,
+    keep_scale,
+    scale,
+    softcap,
+    window,
+    ORDER: tl.constexpr,
+    NEAR: tl.constexpr,
+    MASK_MIN: tl.constexpr,
+    MASK_BY_ROW: tl.constexpr,
+    BIAS_BY_ROW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One program per tile of queries of one head: dq and delta.
+
+    rowsum(o * do) is off, by o's rounding to the storage type and by summing in another order than dp does, and the
+    modulator's slope magnifies that: where one weight is 1, it would be all of dq. In half precision ``residual`` gives
+    back what o's rounding cut off. The rows' sums of the gradients before the slope are zero in exact arithmetic: what
+    is left of them corrects the delta that the other kernels read (float64 if o is float32). It corrects dq, too: in
+    float32 at the end, in half precision, where that would spill registers, by a second sweep over the keys wherever
+    slopes may be steep.
+    """
+    pid = tl.program_id(0)
+    stream = pid // blocks
+    batch, head = stream // heads, stream % heads
+    block = pid % blocks
+    if CAUSAL:
+        block = blocks - 1 - block  # the longest rows first
+    first_row, n_rows = span(cu_q, batch, n_rows)
+    first_col, n_cols = span(cu_k, batch, n_cols)
+    m0 = block * BLOCK_M
+    if m0 >= n_rows:
+        return
+    k = head_base(k, s_k, batch, head // group, first_col, cu_k)
+    v = head_base(v, s_v, batch, head // group, first_col, cu_k)
+    if mask is not None:
+        mask = head_base(mask, s_mask, batch, head, 0, None)
+    if bias is not None:
+        bias = head_base(bias, s_bias, batch, head, 0, None)
+    modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
+    affine = load_affine(affine_scale, affine_shift, head, s_head)
+
+    rows = m0 + tl.arange(0, BLOCK_M)
+    q_base = head_base(q, s_q, batch, head, first_row, cu_q)
+    q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
+    o_base = head_base(o, s_o, batch, head, first_row, cu_q)
+    o_tile = load_rows(o_base, m0, n_rows, s_o, BLOCK_M, DV, BLOCK_DV, True)
+    do_base = head_base(do, s_do, batch, head, first_row, cu_q)
+    do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
+    peaks = maybe_head_base(peaks, s_row, batch, head, first_row, cu_q)
+    totals = head_base(totals, s_row, batch, head, first_row, cu_q)
+    norm = load_norm(peaks, totals, rows, n_rows)
+    output = o_tile.to(tl.float32)
+    if residual is not None:
+        residual = maybe_head_base(residual, s_o, batch, head, first_row, cu_q)
+        output += load_rows(residual, m0, n_rows, s_o, BLOCK_M, DV, BLOCK_DV, True).to(tl.float32)
+    row_delta = tl.sum(output * do_tile.to(tl.float32), 1)
+
+    kept = 1.0
+    if sinks is not None:
+        log_share = tl.load(sinks + head).to(tl.float32) * LOG2E - norm[0]
+        if len(norm) > 1:
+            log_share -= norm[1]
+        kept = 1.0 - tl.exp2(log_share)
+
+    EXACT: tl.constexpr = peaks is not None
+    SUM: tl.constexpr = tl.float64 if EXACT else tl.float32
+    SWEEPS: tl.constexpr = 1 if EXACT else 2
+    true_delta = row_delta.to(SUM)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    lever = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
+    height = tl.abs(norm[0])
+    shifted = (norm[0] - clamp_constant(modulator),) if NEAR else norm
+    steep = tl.max(tl.where(height < float("inf"), height, 0.0), 0) > STEEP
+    for sweep in tl.static_range(SWEEPS):
+        if steep | (sweep == 0):
+            row_delta = true_delta.to(tl.float32)
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            excess = tl.zeros([BLOCK_M], SUM)
+            for phase in tl.static_range(3):
+                if phase > 0 or window is not None:
+                    for n0 in range(bounds[phase], bounds[phase + 1], BLOCK_N):
+                        cols = n0 + tl.arange(0, BLOCK_N)
+                        k_tile = load_rows(k, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, phase != 1)
+                        v_tile = load_rows(v, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, phase != 1)
+                        qk = dot(q_tile, tl.trans(k_tile), UPCAST)
+                        p, x, y, slope, chain = probabilities(
+                            qk,
+                            broadcast_norm(shifted, False),
+                            (rows[:, None], cols[None, :], n_rows, n_cols),
+                            modulator,
+                            affine,
+                            scale,
+                            softcap,
+                            window,
+                            mask,
+                            s_mask,
+                            bias,
+                            s_bias,
+                            ORDER,
+                            MASK_MIN,
+                            MASK_BY_ROW,
+                            BIAS_BY_ROW,
+                            CAUSAL,
+                            EXACT or bias is not None,
+                            phase != 1,
+                            phase != 1,
+                            NEAR,
+                        )
+                        dp = dot(do_tile, tl.trans(v_tile), UPCAST)
+                        if seed is not None:
+                            keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, False, BLOCK_N)
+                            dp = tl.where(keep, dp * keep_scale, 0.0)
+                        g = p * (dp - row_delta[:, None])
+                        excess += tl.sum(g.to(SUM), 1)
+                        slope *= chain[1]
+                        acc += dot((g * slope).to(k_tile.dtype), k_tile, UPCAST)
+                        if EXACT:
+                            lever += dot(p * slope, k_tile, UPCAST)
+            true_delta = excess + row_delta * kept
+
+    delta = head_base(delta, s_row, batch, head, first_row, cu_q)
+    tl.store(delta + rows, true_delta, mask=rows < n_rows)
+    if EXACT:
+        acc -= (true_delta - row_delta).to(tl.float32)[:, None] * lever
+    dq_base = head_base(dq, s_dq, batch, head, first_row, cu_q)
+    store_rows(dq_base, m0, n_rows, s_dq, acc * scale, BLOCK_M, D, BLOCK_D)
+
+
+@triton.jit
+def dkdv_kernel(
+    q,
+    k,
+    v,
+    do,
+    dk,
+    dv,
+    partial,
+    peaks,
+    totals,
+    delta,
+    ranges,
+    ts,
+    affine_scale,
+    affine_shift,
+    mask,
+    bias,
+    seed,
+    cu_q,
+    cu_k,
+    s_q,
+    s_k,
+    s_v,
+    s_do,
+    s_dk,
+    s_dv,
+    s_row,
+    s_mask,
+    s_bias,
+    s_head,
+    heads,
+    group,
+    n_rows,
+    n_cols,
+    blocks,
+    threshold,
+    keep_scale,
+    scale,
+    softcap,
+    window,
+    ORDER: tl.constexpr,
+    NEAR: tl.constexpr,
+    MASK_MIN: tl.constexpr,
+    MASK_BY_ROW: tl.constexpr,
+    BIAS_BY_ROW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One program per tile of keys of one key head, over the queries of every head of its group.
+
+    Unless ``partial`` [sequences, H, blocks, 4N (+ 2)] is None, each head's share of the scalar gradients goes there.
+    Those cancel along rows but are summed along columns: in float64 where the inputs are float32.
+    Tiles are held transposed, [keys, queries], so that neither product needs its left operand turned.
+    """
+    SUM: tl.constexpr = tl.float32 if peaks is None else tl.float64
+    AFFINE: tl.constexpr = affine_scale is not None
+    CHECK: tl.constexpr = peaks is not None or bias is not None
+    COUNT: tl.constexpr = 4 * ORDER + 2 * (affine_scale is not None)
+    pid = tl.program_id(0)
+    pair = pid // blocks
+    key_heads = heads // group
+    batch, key_head = pair // key_heads, pair % key_heads
+    first_row, n_rows = span(cu_q, batch, n_rows)
+    first_col, n_cols = span(cu_k, batch, n_cols)
+    n0 = pid % blocks * BLOCK_N
+    if n0 >= n_cols:
+        return
+    cols = n0 + tl.arange(0, BLOCK_N)
+    k_base = head_base(k, s_k, batch, key_head, first_col, cu_k)
+    v_base = head_base(v, s_v, batch, key_head, first_col, cu_k)
+    k_tile = load_rows(k_base, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, True)
+    v_tile = load_rows(v_base, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, True)
+    acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    bounds = query_bounds(n0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
+    for member in range(group):
+        head = key_head * group + member
+        stream = batch * heads + head
+        q_base = head_base(q, s_q, batch, head, first_row, cu_q)
+        do_base = head_base(do, s_do, batch, head, first_row, cu_q)
+        peak_base = maybe_head_base(peaks, s_row, batch, head, first_row, cu_q)
+        total_base = head_base(totals, s_row, batch, head, first_row, cu_q)
+        delta_base = head_base(delta, s_row, batch, head, first_row, cu_q)
+        modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
+        affine = load_affine(affine_scale, affine_shift, head, s_head)
+        head_mask = mask
+        if mask is not None:
+            head_mask = head_base(mask, s_mask, batch, head, 0, None)
+        head_bias = bias
+        if bias is not None:
+            head_bias = head_base(bias, s_bias, batch, head, 0, None)
+        sums = zero_sums(BLOCK_N, SUM, COUNT)
+        for phase in tl.static_range(3):
+            if phase == 1 or window is not None or (phase == 0 and CAUSAL):
+                for m0 in range(bounds[phase], bounds[phase + 1], BLOCK_M):
+                    rows = m0 + tl.arange(0, BLOCK_M)
+                    q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
+                    do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
+                    norm = load_norm(peak_base, total_base, rows, n_rows)
+                    row_delta = tl.load(delta_base + rows, mask=rows < n_rows, other=0.0)
+                    if peaks is None:
+                        qk = dot(k_tile, tl.trans(q_tile), UPCAST)
+                        dp = dot(v_tile, tl.trans(do_tile), UPCAST)
+                    else:  # float32: the other kernels' products to the last bit, since steep slopes magnify them
+                        qk = tl.trans(dot(q_tile, tl.trans(k_tile), UPCAST))
+                        dp = tl.trans(dot(do_tile, tl.trans(v_tile), UPCAST))
+                    p, x, y, slope, chain = probabilities(
+                        qk,
+                        broadcast_norm(norm, True),
+                        (rows[None, :], cols[:, None], n_rows, n_cols),
+                        modulator,
+                        affine,
+                        scale,
+                        softcap,
+                        window,
+                        head_mask,
+                        s_mask,
+                        head_bias,
+                        s_bias,
+                        ORDER,
+                        MASK_MIN,
+                        MASK_BY_ROW,
+                        BIAS_BY_ROW,
+                        CAUSAL,
+                        CHECK,
+                        phase != 1,
+                        False,
+                    )
+                    used = p
+                    if seed is not None:
+                        keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, True, BLOCK_N)
+                        dp = tl.where(keep, dp * keep_scale, 0.0)
+                        used = tl.where(keep, p * keep_scale, 0.0)
+                    acc_v += dot(used.to(do_tile.dtype), do_tile, UPCAST)
+                    g = p * (dp - row_delta[None, :])
+                    ds = g * slope * chain[1]
+                    acc_k += dot(ds.to(q_tile.dtype), q_tile, UPCAST)
+                    if partial is not None:
+                        moments = scalar_moments(g, x, y, slope, modulator, SUM, AFFINE, ORDER, CHECK)
+                        sums = add_sums(sums, moments, COUNT)
+        if partial is not None:
+            place = (tl.cast(stream, tl.int64) * blocks + pid % blocks) * COUNT
+            _store_scalar_gradients(partial + place, sums, cols < n_cols, modulator, AFFINE, ORDER)
+
+    dk_base = head_base(dk, s_dk, batch, key_head, first_col, cu_k)
+    dv_base = head_base(dv, s_dv, batch, key_head, first_col, cu_k)
+    store_rows(dk_base, n0, n_cols, s_dk, acc_k * scale, BLOCK_N, D, BLOCK_D)
+    store_rows(dv_base, n0, n_cols, s_dv, acc_v, BLOCK_N, DV, BLOCK_DV)

@@ -1,0 +1,309 @@
+"""Forward pass of MultiMax attention in Triton: whole query tiles, and split keys for a few queries (decoding).
+
+Both store each row's norm for the backward pass: plus infinity where a row attends to nothing, so that the recomputed
+probabilities vanish there.
+"""
+
+import triton
+import triton.language as tl
+
+from hf_multimax.attention.triton.common import (
+    LOG2E,
+    apply_affine,
+    clamp_constant,
+    dot,
+    dropout_keep,
+    head_base,
+    key_bounds,
+    load_affine,
+    load_modulator,
+    load_rows,
+    mask_scores,
+    maybe_head_base,
+    modulate,
+    scores,
+    span,
+    store_norm,
+    store_rounded,
+)
+
+
+@triton.jit
+def forward_kernel(
+    q,
+    k,
+    v,
+    o,
+    residual,
+    peaks,
+    totals,
+    ranges,
+    ts,
+    affine_scale,
+    affine_shift,
+    sinks,
+    mask,
+    bias,
+    seed,
+    cu_q,
+    cu_k,
+    s_q,
+    s_k,
+    s_v,
+    s_o,
+    s_row,
+    s_mask,
+    s_bias,
+    s_head,
+    heads,
+    group,
+    n_rows,
+    n_cols,
+    blocks,
+    threshold,
+    keep_scale,
+    scale,
+    softcap,
+    window,
+    ORDER: tl.constexpr,
+    NEAR: tl.constexpr,
+    MASK_MIN: tl.constexpr,
+    MASK_BY_ROW: tl.constexpr,
+    BIAS_BY_ROW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One program per tile of queries of one head: running softmax over its keys."""
+    pid = tl.program_id(0)
+    stream = pid // blocks
+    batch, head = stream // heads, stream % heads
+    block = pid % blocks
+    if CAUSAL:
+        block = blocks - 1 - block  # the longest rows first
+    first_row, n_rows = span(cu_q, batch, n_rows)
+    first_col, n_cols = span(cu_k, batch, n_cols)
+    m0 = block * BLOCK_M
+    if m0 >= n_rows:
+        return
+    k = head_base(k, s_k, batch, head // group, first_col, cu_k)
+    v = head_base(v, s_v, batch, head // group, first_col, cu_k)
+    if mask is not None:
+        mask = head_base(mask, s_mask, batch, head, 0, None)
+    if bias is not None:
+        bias = head_base(bias, s_bias, batch, head, 0, None)
+    modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
+    affine = load_affine(affine_scale, affine_shift, head, s_head)
+    left_out = clamp_constant(modulator) if NEAR else 0.0
+    CHECK: tl.constexpr = bias is not None or peaks is not None
+
+    rows = m0 + tl.arange(0, BLOCK_M)
+    q_base = head_base(q, s_q, batch, head, first_row, cu_q)
+    q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        peak = tl.full([BLOCK_M], 0.0, tl.float32) + sink
+        total += tl.where(sink == float("-inf"), 0.0, 1.0)
+
+    bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
+    # tiles before, inside and after the band in which every key is visible to every query
+    for phase in tl.static_range(3):
+        if phase > 0 or window is not None:
+            for n0 in range(bounds[phase], bounds[phase + 1], BLOCK_N):
+                cols = n0 + tl.arange(0, BLOCK_N)
+                k_tile = load_rows(k, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, phase != 1)
+                qk = dot(q_tile, tl.trans(k_tile), UPCAST)
+                where = (rows[:, None], cols[None, :], n_rows, n_cols)
+                y, _ = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
+                z = modulate(apply_affine(y, affine), modulator, ORDER, NEAR)
+                z = mask_scores(
+                    z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, CHECK, phase != 1, phase != 1
+                )
+                new_peak = tl.maximum(peak, tl.max(z, 1))
+                # a row that has seen nothing yet: any finite reference avoids inf - inf
+                reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+                p = tl.exp2(z - reference[:, None])
+                shrink = tl.exp2(peak - reference)
+                total = total * shrink + tl.sum(p, 1)
+                if seed is not None:
+                    keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, False, BLOCK_N)
+                    p = tl.where(keep, p, 0.0)
+                v_tile = load_rows(v, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, phase != 1)
+                acc = acc * shrink[:, None] + dot(p.to(v_tile.dtype), v_tile, UPCAST)
+                peak = new_peak
+
+    empty = total == 0.0
+    acc *= (keep_scale / tl.where(empty, 1.0, total))[:, None]
+    o_base = head_base(o, s_o, batch, head, first_row, cu_q)
+    residual = maybe_head_base(residual, s_o, batch, head, first_row, cu_q)
+    store_rounded(o_base, m0, n_rows, s_o, acc, residual, BLOCK_M, DV, BLOCK_DV)
+    peaks = maybe_head_base(peaks, s_row, batch, head, first_row, cu_q)
+    totals = head_base(totals, s_row, batch, head, first_row, cu_q)
+    store_norm(peaks, totals, rows, rows < n_rows, peak + left_out, total)
+
+
+@triton.jit
+def decode_kernel(
+    q,
+    k,
+    v,
+    partial,
+    split_peaks,
+    split_totals,
+    ranges,
+    ts,
+    affine_scale,
+    affine_shift,
+    mask,
+    bias,
+    seed,
+    s_q,
+    s_k,
+    s_v,
+    s_mask,
+    s_bias,
+    s_head,
+    heads,
+    group,
+    n_rows,
+    n_cols,
+    blocks,
+    splits,
+    threshold,
+    scale,
+    softcap,
+    window,
+    ORDER: tl.constexpr,
+    NEAR: tl.constexpr,
+    MASK_MIN: tl.constexpr,
+    MASK_BY_ROW: tl.constexpr,
+    BIAS_BY_ROW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One program per share of the keys, for all the query rows (heads of the group x queries) of one key head.
+
+    Writes the unnormalised output ``partial`` [B, H, Nq, splits, Dv] and each row's running peaks and totals
+    [B, H, Nq, splits].
+    """
+    pid = tl.program_id(0)
+    split = pid % splits
+    block = pid // splits % blocks
+    pair = pid // splits // blocks
+    key_heads = heads // group
+    batch, key_head = pair // key_heads, pair % key_heads
+    k = head_base(k, s_k, batch, key_head, 0, None)
+    v = head_base(v, s_v, batch, key_head, 0, None)
+    packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = packed < group * n_rows
+    rows = packed % n_rows
+    head = tl.minimum(key_head * group + packed // n_rows, heads - 1)
+    if mask is not None:
+        mask = head_base(mask, s_mask, batch, head[:, None], 0, None)
+    if bias is not None:
+        bias = head_base(bias, s_bias, batch, head[:, None], 0, None)
+    modulator = load_modulator(ranges + (head * s_head[0])[:, None], ts + (head * s_head[0])[:, None], ORDER, NEAR)
+    affine = load_affine(affine_scale, affine_shift, head[:, None], s_head)
+
+    depth = tl.arange(0, BLOCK_D)
+    q_rows = head_base(q, s_q, batch, head, 0, None) + tl.cast(rows, tl.int64) * s_q[2]
+    q_tile = tl.load(q_rows[:, None] + depth[None, :] * s_q[3], mask=exists[:, None] & (depth[None, :] < D), other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # the band that any of these queries sees, shared out in whole tiles
+    band = key_bounds(0, n_rows, n_cols, window, CAUSAL, n_rows, BLOCK_N)
+    share = tl.cdiv(tl.cdiv(band[3] - band[0], BLOCK_N), splits) * BLOCK_N
+    lo = band[0] + split * share
+    for n0 in range(lo, tl.minimum(lo + share, band[3]), BLOCK_N):
+        cols = n0 + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(k, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, True)
+        qk = dot(q_tile, tl.trans(k_tile), UPCAST)
+        where = (rows[:, None], cols[None, :], n_rows, n_cols)
+        y, _ = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
+        z = modulate(apply_affine(y, affine), modulator, ORDER)
+        z = mask_scores(z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, True, True, True)
+        new_peak = tl.maximum(peak, tl.max(z, 1))
+        reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2(z - reference[:, None])
+        shrink = tl.exp2(peak - reference)
+        total = total * shrink + tl.sum(p, 1)
+        if seed is not None:
+            keep = dropout_keep(tl.load(seed), threshold, rows, n0, batch * heads + head, False, BLOCK_N)
+            p = tl.where(keep, p, 0.0)
+        v_tile = load_rows(v, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, True)
+        acc = acc * shrink[:, None] + dot(p.to(v_tile.dtype), v_tile, UPCAST)
+        peak = new_peak
+
+    place = (tl.cast(batch * heads + head, tl.int64) * n_rows + rows) * splits + split
+    depth_v = tl.arange(0, BLOCK_DV)
+    tl.store(partial + place[:, None] * DV + depth_v[None, :], acc, mask=exists[:, None] & (depth_v[None, :] < DV))
+    tl.store(split_peaks + place, peak, mask=exists)
+    tl.store(split_totals + place, total, mask=exists)
+
+
+@triton.jit
+def combine_kernel(
+    partial,
+    split_peaks,
+    split_totals,
+    o,
+    residual,
+    peaks,
+    totals,
+    sinks,
+    s_o,
+    heads,
+    n_rows,
+    splits,
+    keep_scale,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One program per query row: join its splits and its sink, and normalise."""
+    pid = tl.cast(tl.program_id(0), tl.int64)
+    batch, head, row = pid // n_rows // heads, pid // n_rows % heads, pid % n_rows
+    split = tl.arange(0, BLOCK_S)
+    place = pid * splits + split
+    peak = tl.load(split_peaks + place, mask=split < splits, other=float("-inf"))
+    total = tl.load(split_totals + place, mask=split < splits, other=0.0)
+    top = tl.max(peak, 0)
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
+    reference = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(peak - reference)
+    total = tl.sum(total * weight, 0)
+    if sinks is not None:
+        total += tl.exp2(sink - reference)
+    empty = total == 0.0
+
+    depth = tl.arange(0, BLOCK_DV)
+    tile = tl.load(
+        partial + place[:, None] * DV + depth[None, :],
+        mask=(split[:, None] < splits) & (depth[None, :] < DV),
+        other=0.0,
+    )
+    out = tl.sum(tile * weight[:, None], 0) * (keep_scale / tl.where(empty, 1.0, total))
+    base = o + batch * s_o[0] + head * s_o[1] + row * s_o[2]
+    rounded = out.to(o.dtype.element_ty)
+    tl.store(base + depth * s_o[3], rounded, mask=depth < DV)
+    if residual is not None:
+        base = residual + batch * s_o[0] + head * s_o[1] + row * s_o[2]
+        tl.store(base + depth * s_o[3], (out - rounded.to(tl.float32)).to(o.dtype.element_ty), mask=depth < DV)
+    store_norm(peaks, totals, pid, True, reference, total)

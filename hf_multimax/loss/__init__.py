@@ -1,0 +1,1 @@
+"""Cross-entropy of modulated output logits, without the matrix of logits."""

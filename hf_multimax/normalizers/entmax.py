@@ -1,0 +1,198 @@
+"""The entmax family: sparsemax, 1.5-entmax, and alpha-entmax with an alpha that can be learned.
+
+Under ``torch.compile`` they break the graph: they search until every row is solved, or come from the ``entmax``
+package.
+"""
+
+import functools
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from hf_multimax.normalizers.options import flag, is_number, logit, one_plus_sigmoid
+from hf_multimax.normalizers.registry import Learned, Option, register_normalizer, rowwise
+
+__all__ = ["entmax_package"]
+
+
+def entmax_package(normalizer: str) -> ModuleType:
+    """The entmax package, which only some normalizers need: imported when one of them first runs."""
+    try:
+        import entmax
+    except ImportError as error:
+        raise ImportError(f"normalizer {normalizer!r} needs the entmax package: pip install entmax") from error
+    return entmax
+
+
+@rowwise
+def _sparsemax(x: Tensor, keep: Tensor) -> Tensor:
+    return entmax_package("sparsemax").sparsemax(x, dim=-1)
+
+
+@rowwise
+def _entmax15(x: Tensor, keep: Tensor) -> Tensor:
+    return entmax_package("entmax15").entmax15(x, dim=-1)
+
+
+@rowwise
+def _entmax(x: Tensor, keep: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
+    alpha = torch.as_tensor(alpha, dtype=x.dtype, device=x.device)
+    return _Entmax.apply(x, alpha.expand(*x.shape[:-1], 1))
+
+
+class _Entmax(Function):
+    """alpha-entmax for any alpha >= 1, with gradients for the scores and for alpha (Correia et al. 2019, section 3.2).
+
+    Written as ``p_i = (1 + d (z_i - s))_+ ** (1/d)`` with ``d = alpha - 1`` and ``z = x - max x``, so that alpha -> 1
+    is SoftMax, ``s = logsumexp(z)``, without the cancellation that the usual threshold and gradient suffer from there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor) -> Tensor:
+        z, d = x - x.amax(-1, keepdim=True), _positive(alpha - 1)
+        steep = d > 1
+        if steep.all():
+            p = _solve_steep_entmax(z, d)
+        else:
+            p = _solve_entmax(z, d.clamp(max=1.0))
+            if steep.any():
+                p = torch.where(steep, _solve_steep_entmax(z, d.clamp(min=1.0)), p)
+        ctx.save_for_backward(p, alpha)
+        return p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        p, alpha = ctx.saved_tensors
+        d = _positive(alpha - 1)
+        log_p = torch.where(p > 0, p, 1.0).log()
+        grad_x = grad_alpha = None
+        # p ** (1 - d) may overflow for steep alphas: here over its largest, and below only up to a bound
+        steepness = torch.where(p > 0, (1 - d) * log_p, -math.inf)
+        most, steepest = steepness.max(-1, keepdim=True)
+        weight = torch.exp(steepness - most)
+        weight_sum = weight.sum(-1, keepdim=True)
+        if ctx.needs_input_grad[0]:
+            relative = grad - grad.gather(-1, steepest)
+            mean = (weight * relative).sum(-1, keepdim=True) / weight_sum
+            bounded = steepness.clamp(max=math.log(torch.finfo(p.dtype).max) / 2).exp()
+            # the steepest entry's is minus the sum of the others', of which its own formula would leave no digits
+            grad_x = (bounded * (relative - mean)).scatter(-1, steepest, 0.0)
+            grad_x = grad_x.scatter(-1, steepest, -grad_x.sum(-1, keepdim=True))
+        if ctx.needs_input_grad[1]:
+            by_alpha = _entmax_by_alpha(p, log_p, d)
+            if (d > 1).any():
+                by_alpha = torch.where(d > 1, _steep_entmax_by_alpha(p, log_p, weight / weight_sum, d), by_alpha)
+            grad_alpha = (grad * by_alpha).sum(-1, keepdim=True)
+        return grad_x, grad_alpha
+
+
+def _positive(d: Tensor) -> Tensor:
+    """alpha - 1, kept off zero by so little that only the division by zero changes."""
+    return d.clamp(min=1e-12)
+
+
+def _solve_entmax(z: Tensor, d: Tensor, most_steps: int = 100) -> Tensor:
+    """The p of :class:`_Entmax` for d <= 1: Newton's method on ``|| (1 + d (z - s))_+ ||_{1/d}``, convex: few steps."""
+    s, low, high = torch.zeros_like(d), torch.zeros_like(d), -torch.expm1(-d * math.log(z.shape[-1])) / d
+    tolerance = 4.0 * torch.finfo(z.dtype).eps
+    for _ in range(most_steps):
+        base = (d * (z - s)).clamp(min=-1.0)
+        p = torch.exp(torch.log1p(base) / d)
+        total = p.sum(-1, keepdim=True)
+        slope = torch.where(p > 0, p / (1 + base), 0.0).sum(-1, keepdim=True)
+        step = torch.expm1(d * total.log()) / d * total ** (1 - d) / slope
+        low, high = torch.where(total >= 1, s, low), torch.where(total >= 1, high, s)
+        moved = s + step
+        moved = torch.where((moved >= low) & (moved <= high), moved, (low + high) / 2)
+        if ((moved - s).abs() <= tolerance * (1 + s.abs())).all():
+            break
+        s = moved
+    return p / total
+
+
+def _solve_steep_entmax(z: Tensor, d: Tensor, most_steps: int = 100) -> Tensor:
+    """The p of :class:`_Entmax` for d >= 1, where scores that hardly differ may have very different p.
+
+    Written as ``p_i = (r^d + d (z_i - z_k)) ** (1/d)`` from the smallest score z_k of the support on, with ``r = p_k``,
+    so that nothing cancels; their sum is convex in r, and Newton's method finds where it is 1 from r = 1 down.
+    """
+    ordered = z.sort(-1, descending=True).values
+    inside, outside = torch.zeros_like(d, dtype=torch.long), torch.full_like(d, z.shape[-1], dtype=torch.long)
+    for _ in range(z.shape[-1].bit_length()):  # of z_0 = 0, which is in the support, and the first score that is not
+        middle = ((inside + outside) // 2).clamp(max=z.shape[-1] - 1)
+        least = ordered.gather(-1, middle)
+        room = torch.where(z > least, (d * (z - least)) ** (1 / d), 0.0).sum(-1, keepdim=True) < 1
+        inside, outside = torch.where(room, middle, inside), torch.where(room, outside, middle)
+    least = ordered.gather(-1, inside)
+    kept = z >= least
+    log_gap = torch.where(kept, d * (z - least), 0.0).log()
+    r = torch.ones_like(d)
+    for _ in range(most_steps):
+        log_p = torch.where(kept, torch.logaddexp(d * r.log(), log_gap) / d, -math.inf)
+        p = log_p.exp()
+        slope = torch.where(kept, torch.exp((d - 1) * (r.log() - log_p)), 0.0).sum(-1, keepdim=True)
+        moved = (r - (p.sum(-1, keepdim=True) - 1) / slope).clamp(min=torch.finfo(z.dtype).tiny)
+        if (r - moved <= 4.0 * torch.finfo(z.dtype).eps * r).all():
+            break
+        r = torch.minimum(moved, r)
+    return p / p.sum(-1, keepdim=True)
+
+
+def _entmax_by_alpha(p: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
+    """dp/dalpha. The terms in 1/d and 1/d^2 of the published form cancel and are taken out here."""
+    u = -d * log_p
+    first = -log_p * _expm1_over(u)  # expm1(u) / d
+    second = log_p.square() * _expm1_minus_u_over(u)  # (expm1(u) - u) / d^2
+    mean_first, mean_second, mean_log = ((p * part).sum(-1, keepdim=True) for part in (first, second, log_p))
+    return p / (1 + d * mean_first) * (mean_second - second - mean_first * log_p + first * mean_log)
+
+
+def _steep_entmax_by_alpha(p: Tensor, log_p: Tensor, weight: Tensor, d: Tensor) -> Tensor:
+    """dp/dalpha for d > 1 in its published form; ``weight`` is ``p ** (1 - d)`` over its sum."""
+    entropy = (p * log_p).sum(-1, keepdim=True)
+    return (p - weight) / d**2 - (p * log_p - weight * entropy) / d
+
+
+def _expm1_over(u: Tensor) -> Tensor:
+    small = u.abs() < 1e-4
+    return torch.where(small, 1 + u / 2, torch.expm1(u) / torch.where(small, 1.0, u))
+
+
+def _expm1_minus_u_over(u: Tensor) -> Tensor:
+    """``(expm1(u) - u) / u^2``"""
+    small = u.abs() < 0.3
+    series = torch.zeros_like(u)
+    for k in range(13, 1, -1):
+        series = series * u + 1 / math.factorial(k)
+    return torch.where(small, series, (torch.expm1(u) - u) / torch.where(small, 1.0, u).square())
+
+
+register_normalizer(
+    "sparsemax",
+    _sparsemax,
+    citation="Martins, Astudillo. From Softmax to Sparsemax. ICML 2016. arXiv:1602.02068.",
+)
+register_normalizer(
+    "entmax15",
+    _entmax15,
+    citation="Peters, Niculae, Martins. Sparse Sequence-to-Sequence Models. ACL 2019. arXiv:1905.05702.",
+)
+register_normalizer(
+    "entmax",
+    _entmax,
+    citation="Peters, Niculae, Martins, ACL 2019; learned alpha: Correia, Niculae, Martins. Adaptively Sparse "
+    "Transformers. EMNLP 2019. arXiv:1909.00015.",
+    options={
+        "alpha": Option(
+            1.5, "1 is SoftMax, 2 is sparsemax", "a number >= 1", lambda value: is_number(value) and value >= 1
+        ),
+        "learn": flag("learn alpha = 1 + sigmoid(a), starting where alpha says"),
+    },
+    learned={"alpha": Learned(one_plus_sigmoid, functools.partial(logit, "alpha", least=1.0))},
+)

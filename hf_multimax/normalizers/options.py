@@ -1,0 +1,50 @@
+"""What the registered functions share: the values that options allow, how an unbounded parameter stands for one, and
+scores that no factor makes infinite.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_multimax.normalizers.registry import Option
+
+__all__ = ["below_peak", "flag", "is_number", "logit", "non_negative", "one_plus_sigmoid", "positive", "same"]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def positive(default: Any, help: str) -> Option:
+    return Option(default, help, "a number > 0", lambda value: is_number(value) and value > 0)
+
+
+def non_negative(default: Any, help: str) -> Option:
+    return Option(default, help, "a number >= 0", lambda value: is_number(value) and value >= 0)
+
+
+def flag(help: str) -> Option:
+    return Option(False, help, "true or false", lambda value: isinstance(value, bool))
+
+
+def same(value: Tensor) -> Tensor:
+    return value
+
+
+def one_plus_sigmoid(a: Tensor) -> Tensor:
+    return 1 + a.sigmoid()
+
+
+def logit(name: str, value: float, least: float) -> float:
+    """The parameter a with ``value = least + sigmoid(a)``."""
+    share = value - least
+    if not 0 < share < 1:
+        raise ValueError(f"{name} must be strictly between {least:g} and {least + 1:g} to be learned, got {value}")
+    return math.log(share / (1 - share))
+
+
+def below_peak(x: Tensor) -> Tensor:
+    """Scores less the row's largest, finite: what SoftMax does not see, and what no factor takes to plus infinity."""
+    return (x - x.detach().amax(-1, keepdim=True)).clamp(min=torch.finfo(x.dtype).min)

@@ -1,0 +1,347 @@
+"""What a normalizer is, and the table of those that ``patch_model(model, normalizer=...)`` and ``normalize(...)`` know.
+
+The functions themselves are in :mod:`hf_multimax.normalizers`.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_multimax.config import MultiMaxConfig
+from hf_multimax.functional import compute_dtype
+from hf_multimax.normalizers.base import Normalizer
+
+__all__ = [
+    "REQUIRED",
+    "FunctionNormalizer",
+    "Learned",
+    "NormalizerSpec",
+    "Option",
+    "build_normalizer",
+    "get_normalizer",
+    "normalize",
+    "register_normalizer",
+    "registered_normalizers",
+    "rowwise",
+]
+
+#: The default of an option that has none.
+REQUIRED = inspect.Parameter.empty
+
+_COMMON = ("x", "dim", "mask", "training")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword of a normalizer.
+
+    Attributes:
+        default: its value where it is not given; ``REQUIRED`` if it must be.
+        help: what it does.
+        requirement: what a value must be, in the words of an error message.
+        valid: whether a value of a config, or a number given to ``normalize``, is that. Tensors are not looked into.
+    """
+
+    default: Any
+    help: str = ""
+    requirement: str = "anything"
+    valid: Callable[[Any], bool] = lambda value: True
+
+    def describe(self, name: str) -> str:
+        """E.g. ``alpha (default 1.5): 1 is SoftMax, 2 is sparsemax``."""
+        default = "required" if self.default is REQUIRED else f"default {self.default}"
+        return f"{name} ({default}){': ' + self.help if self.help else ''}"
+
+
+@dataclass(frozen=True)
+class Learned:
+    """An option that can be a parameter of each layer or head: the parameter is unconstrained, the option is not.
+
+    Attributes:
+        value: the option's value from the parameter.
+        raw: the parameter from an initial value (a number); raises ValueError where that cannot be reached.
+        always: whether it is learned without being asked for by ``learn=True``.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    raw: Callable[[float], float]
+    always: bool = False
+
+
+@dataclass(frozen=True)
+class NormalizerSpec:
+    """One registered normalizer.
+
+    Attributes:
+        name: what users write.
+        function: ``(x, dim=-1, mask=None, training=False, **options) -> probabilities``.
+        module: ``(config, num_heads) -> Normalizer``, the module that a patched attention layer holds; ``num_heads``
+            is None unless ``config.per_head``. It raises ValueError for options that it does not know.
+        citation: where the function is defined.
+        modulates_output: whether its ``modulate`` may stand before a cross-entropy loss on the output logits. Not for
+            functions with exact zeros, whose cross-entropy is infinite.
+        options: its keywords, by name.
+        learned: which of them a patched model can learn.
+        per_head: whether its parameters are one per head even where the config does not ask for it.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    module: Callable[[MultiMaxConfig, int | None], Normalizer]
+    citation: str = ""
+    modulates_output: bool = False
+    options: Mapping[str, Option] = field(default_factory=dict)
+    learned: Mapping[str, Learned] = field(default_factory=dict)
+    per_head: bool = False
+
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """``given`` with the defaults of the other options.
+
+        Raises:
+            TypeError: for an option that does not exist or is missing. ValueError: for an impossible value.
+        """
+        problem = next((f"has no option {name!r}" for name in given if name not in self.options), None)
+        for name, option in self.options.items():
+            if option.default is REQUIRED and name not in given:
+                problem = problem or f"needs the option {name!r}"
+        if problem:
+            known = "; ".join(option.describe(name) for name, option in self.options.items())
+            raise TypeError(f"the normalizer {self.name!r} {problem}. Its options: {known or 'none'}")
+        for name, value in given.items():
+            if not isinstance(value, Tensor) and not self.options[name].valid(value):
+                raise ValueError(
+                    f"{name} of the normalizer {self.name!r} must be {self.options[name].requirement}, got {value!r}"
+                )
+        return {**{name: option.default for name, option in self.options.items()}, **given}
+
+
+_REGISTRY: dict[str, NormalizerSpec] = {}
+
+
+def register_normalizer(
+    name: str,
+    function: Callable[..., Tensor],
+    module: Callable[[MultiMaxConfig, int | None], Normalizer] | None = None,
+    citation: str = "",
+    modulates_output: bool = False,
+    options: Mapping[str, Option] | None = None,
+    learned: Mapping[str, Learned] | None = None,
+    per_head: bool = False,
+) -> NormalizerSpec:
+    """Make a normalizer available to ``patch_model`` and ``normalize``; see :class:`NormalizerSpec` for the arguments.
+
+    A function is enough: its further keywords become the options, and patched layers call it with those that
+    ``MultiMaxConfig.normalizer_kwargs`` gives. It takes a boolean mask (True = keep), gives 0 to what is masked, and
+    takes ``training`` if it wants to know; :func:`rowwise` makes such a function from a simpler one.
+
+    Raises:
+        ValueError: if ``name`` is taken, or the function does not take ``(x, dim=..., mask=...)``.
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"a normalizer called {name!r} is registered already")
+    found = _signature_options(name, function)
+    options = found if options is None else options
+    build = functools.partial(_build_from_function, name) if module is None else module
+    _REGISTRY[name] = NormalizerSpec(
+        name,
+        function,
+        build,
+        citation,
+        modulates_output,
+        found if options is None else options,
+        learned or {},
+        per_head,
+    )
+    return _REGISTRY[name]
+
+
+def get_normalizer(name: str) -> NormalizerSpec:
+    """The registered normalizer of that name; ValueError, with the known names, if there is none."""
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"unknown normalizer {name!r}; registered are {', '.join(sorted(_REGISTRY))}. "
+            "Make your own known with hf_multimax.register_normalizer before patching or loading."
+        )
+    return _REGISTRY[name]
+
+
+def registered_normalizers() -> tuple[str, ...]:
+    """The names of all registered normalizers, in alphabetical order."""
+    return tuple(sorted(_REGISTRY))
+
+
+def normalize(
+    name: str, x: Tensor, dim: int = -1, mask: Tensor | None = None, training: bool = False, **options: Any
+) -> Tensor:
+    """Turn scores into probabilities along ``dim`` by any registered normalizer.
+
+    Args:
+        name: a registered name.
+        x: scores of floating type; float64 stays, other types are computed in float32.
+        mask: boolean, broadcastable to ``x``, True = keep. Other entries get exactly 0, as does a score of minus
+            infinity; a row without any other is all 0. A row that keeps NaN or infinity becomes NaN.
+        training: for the normalizers that differ between training and inference.
+        options: what the normalizer takes. Where a patched model can learn an option, a tensor is taken too, of size 1
+            along ``dim`` and otherwise broadcastable to ``x``; a gradient flows to it.
+
+    Returns:
+        Probabilities, shaped and typed like ``x``.
+
+    Raises:
+        ValueError: for an unknown name, or an impossible value of an option. TypeError: for an option that the
+            normalizer does not have, or lacks, and for scores or a mask of the wrong type.
+    """
+    spec = get_normalizer(name)
+    options = spec.complete(options)
+    if options.pop("learn", False):
+        raise ValueError(f"learn=True is for patched models; give normalize({name!r}, ...) a tensor that needs a grad")
+    if _takes_training(spec.function):
+        options["training"] = training
+    return spec.function(x, dim=dim, mask=mask, **options)
+
+
+def build_normalizer(config: MultiMaxConfig, num_heads: int | None) -> Normalizer:
+    """The module that ``config`` asks for; ValueError if its normalizer or an option of it is impossible."""
+    return get_normalizer(config.normalizer).module(config, num_heads)
+
+
+def rowwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make a normalizer function of ``function(x, keep, **options)``, which sees nothing but rows worth normalizing.
+
+    ``function`` works along the last dimension of ``x``, float32 or float64, minus infinity where the boolean ``keep``
+    is False, with at least one entry kept in every row; what it returns for other entries is ignored. Options may be
+    tensors that broadcast to ``x`` with size 1 in the last dimension. It may take ``training``.
+
+    Returns:
+        ``(x, dim=-1, mask=None, training=False, **options)``, as :func:`register_normalizer` takes it: any dimension
+        and floating type, zeros where masked and in rows that keep nothing, NaN in rows that keep NaN or infinity.
+    """
+    takes_training = _takes_training(function)
+
+    @functools.wraps(function)
+    def normalizer(
+        x: Tensor, dim: int = -1, mask: Tensor | None = None, training: bool = False, **options: Any
+    ) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"scores must be floating point, got {x.dtype}")
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"mask must be boolean (True = keep), got {mask.dtype}")
+        if x.numel() == 0:
+            return torch.zeros_like(x)
+        if takes_training:
+            options["training"] = training
+        scores = x.to(compute_dtype(x.dtype)).movedim(dim, -1)
+        keep = ~(scores <= torch.finfo(scores.dtype).min / 2)  # true for NaN, which is not to vanish
+        if mask is not None:
+            keep = keep & mask.expand(x.shape).movedim(dim, -1)
+        scores = torch.where(keep, scores, -math.inf)  # where, not masked_fill, which is slow on a CPU
+        peak = scores.detach().amax(-1, keepdim=True)
+        usable = peak.isfinite()
+        options = {name: _aligned(value, scores, dim) for name, value in options.items()}
+        p = function(torch.where(usable, scores, 0.0), keep | ~usable, **options)
+        broken = torch.where(usable | (peak == -math.inf), 0.0, math.nan).to(p.dtype)
+        p = torch.where(keep, p + broken, 0.0)
+        return p.movedim(-1, dim).to(x.dtype)
+
+    parameters = list(inspect.signature(function).parameters.values())[2:]
+    leading = list(inspect.signature(normalizer, follow_wrapped=False).parameters.values())[:-1]
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters if p.name not in _COMMON]
+    normalizer.__signature__ = inspect.Signature([*leading, *own])  # type: ignore[attr-defined]
+    return normalizer
+
+
+class FunctionNormalizer(Normalizer):
+    """A registered function as the module of a layer.
+
+    A learned option is a float32 parameter of the option's name, ``[]`` or ``[num_heads]``. It holds an unconstrained
+    number: read the option itself from :meth:`values`.
+
+    Args:
+        name: a registered name, whose function is called.
+        options: all its options; those learned give the initial values.
+        learned: the options that are parameters.
+        num_heads: None for one value, or the number of heads for one each; scores are then ``[..., heads, q, k]``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        learned: Mapping[str, Learned] | None = None,
+        num_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.options, self.learned = name, dict(options), dict(learned or {})
+        self._initial = {option: rule.raw(self.options.pop(option)) for option, rule in self.learned.items()}
+        self._takes_training = _takes_training(get_normalizer(name).function)
+        shape = () if num_heads is None else (num_heads,)
+        for option in self.learned:
+            self.register_parameter(option, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for name, initial in self._initial.items():
+            self.get_parameter(name).fill_(initial)
+
+    def values(self) -> dict[str, Any]:
+        """Every option's present value: numbers, and for a learned one a tensor ``[]`` or ``[num_heads]``."""
+        return {**self.options, **{name: rule.value(getattr(self, name)) for name, rule in self.learned.items()}}
+
+    def normalize(self, x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+        options = {
+            name: value[:, None, None] if isinstance(value, Tensor) and value.ndim == 1 else value
+            for name, value in self.values().items()
+        }
+        if self._takes_training:
+            options["training"] = self.training
+        return get_normalizer(self.name).function(x, dim=dim, mask=mask, **options)
+
+    def extra_repr(self) -> str:
+        fixed = [f"{option}={value}" for option, value in self.options.items()]
+        return ", ".join([self.name, *fixed, *(f"learned {option}" for option in self.learned)])
+
+
+def _build_from_function(name: str, config: MultiMaxConfig, num_heads: int | None) -> FunctionNormalizer:
+    """The module of a normalizer that has none of its own."""
+    spec = get_normalizer(name)
+    try:
+        options = spec.complete(config.normalizer_kwargs)
+        learn = options.pop("learn", False)
+        learned = {option: rule for option, rule in spec.learned.items() if learn or rule.always}
+        return FunctionNormalizer(name, options, learned, num_heads)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"MultiMaxConfig.normalizer_kwargs: {error}") from error
+
+
+def _signature_options(name: str, function: Callable[..., Tensor]) -> dict[str, Option]:
+    """The options that a function's signature shows."""
+    parameters = inspect.signature(function).parameters
+    missing = [common for common in ("dim", "mask") if common not in parameters]
+    if missing or next(iter(parameters)) in ("dim", "mask"):
+        raise ValueError(
+            f"the function of normalizer {name!r} must take (x, dim=-1, mask=None, **options), but its signature is "
+            f"{inspect.signature(function)}; hf_multimax.normalizers.rowwise makes one from (x, keep, **options)"
+        )
+    named = (p for p in list(parameters.values())[1:] if p.name not in _COMMON)
+    return {p.name: Option(p.default) for p in named if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _takes_training(function: Callable[..., Tensor]) -> bool:
+    return "training" in inspect.signature(function).parameters
+
+
+def _aligned(value: Any, scores: Tensor, dim: int) -> Any:
+    """A tensor option with its dimensions where those of ``scores`` went, in their type."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(scores.dtype)
+    if value.ndim == 0:
+        return value
+    return value.reshape((1,) * (scores.ndim - value.ndim) + value.shape).movedim(dim, -1)
