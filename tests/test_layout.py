@@ -16,6 +16,7 @@ EVERYWHERE = {*sys.stdlib_module_names, "torch", "transformers", "numpy", "safet
 ORDER = (
     "version",
     "cache",
+    "extension",
     "config",
     "functional",
     "attention.__init__",
@@ -117,7 +118,7 @@ def test_no_two_modules_of_a_package_need_each_other(folder):
 
 @pytest.mark.parametrize("name", [name for name in modules() if name.startswith(KERNELS)])
 def test_kernels_stand_alone(name):
-    assert all(other.startswith((*KERNELS, "cache")) for other in imports(modules()[name]))
+    assert all(other.startswith((*KERNELS, "extension")) for other in imports(modules()[name]))
 
 
 @pytest.mark.parametrize("name", modules())

@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_multimax.attention.native import backend as native
-from hf_multimax.attention.native import build as native_build
 from hf_multimax.attention.native import call as native_call
-from hf_multimax.attention.native import library as native_library
+from hf_multimax.extension import build as native_build
+from hf_multimax.extension import library as native_library
 from tests.attention_cases import CASES, Case, check, reference, run
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native backend here: {native.reason()}")

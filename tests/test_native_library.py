@@ -22,9 +22,9 @@ import pytest
 import torch
 
 from hf_multimax.attention.native import backend as native
-from hf_multimax.attention.native import build as native_build
-from hf_multimax.attention.native import library as native_library
-from hf_multimax.attention.native import store as native_store
+from hf_multimax.extension import build as native_build
+from hf_multimax.extension import library as native_library
+from hf_multimax.extension import store as native_store
 
 pytestmark = [
     pytest.mark.skipif(not native.available(), reason=f"no native backend here: {native.reason()}"),

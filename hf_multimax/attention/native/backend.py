@@ -12,8 +12,8 @@ from torch import Tensor
 from hf_multimax.attention.arguments import LARGEST_WINDOW, Affine, check_arguments, dropout_seed
 from hf_multimax.attention.context import refuse_second_derivative
 from hf_multimax.attention.native.call import TYPES, Call, dense_rows
-from hf_multimax.attention.native.library import load
 from hf_multimax.attention.operators import DIFFERENTIABLE, LIBRARY, define_operator, fake_gradients, fitted
+from hf_multimax.extension.library import load
 
 __all__ = ["attention", "available", "reason", "unsupported"]
 

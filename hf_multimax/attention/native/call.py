@@ -5,7 +5,7 @@ import struct
 import torch
 from torch import Tensor
 
-from hf_multimax.attention.native.library import load
+from hf_multimax.extension.library import load
 
 __all__ = ["Call"]
 

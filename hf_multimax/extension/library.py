@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_multimax.attention.native.build import (
+from hf_multimax.extension.build import (
     MOST_SECONDS,
     BuildError,
     build_key,
@@ -19,7 +19,7 @@ from hf_multimax.attention.native.build import (
     compilers_key,
     openmp_runtime,
 )
-from hf_multimax.attention.native.store import Store
+from hf_multimax.extension.store import Store
 
 __all__ = ["load", "open_library"]
 
