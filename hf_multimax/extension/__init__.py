@@ -1,1 +1,1 @@
-"""The C++ extension: compiled at first use by whatever compiler there is, kept in the user's cache, checked when loaded."""
+"""The C++ extension: compiled at first use by whatever compiler there is, kept in the cache, checked when loaded."""
