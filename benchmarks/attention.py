@@ -37,6 +37,7 @@ from benchmarks.common import (
     write_results,
 )
 from benchmarks.tables import table
+from hf_multimax.attention.call import make_call
 
 SDPA = "sdpa"
 #: by device: what is compared with the fastest of them
@@ -160,7 +161,7 @@ def softmax(shape: Shape, name: str) -> Callable[..., Tensor]:
 
 def _backend(name: str, shape: Shape) -> Callable[..., Tensor]:
     attention = importlib.import_module(f"hf_multimax.attention.{name}.backend").attention
-    return lambda *x: attention(*x, causal=shape.causal)
+    return lambda *x: attention(make_call(*x, causal=shape.causal))
 
 
 def _flex(shape: Shape, device: str, compiler: str) -> Callable[..., Tensor]:

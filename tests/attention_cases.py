@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from hf_multimax.attention.call import make_call
 from hf_multimax.functional import masked_softmax, modulate
 from tests.tolerances import ATTENTION, RELATIVE, assert_close, assert_draws_no_worse, assert_no_worse, relative_error
 
@@ -143,6 +145,19 @@ CASES = [
     Case("steep", (2, 2, 2, 129, 129), spread=20.0, slope=5.0, threshold=100.0),
     Case("far thresholds", (2, 4, 4, 129, 129), slope=5.0, threshold=100.0, affine=True),
 ]  # fmt: skip
+
+
+def through(kernel: ModuleType) -> Callable[..., Tensor]:
+    """``attention(q, k, v, ranges, ts, **features)`` by one backend; ValueError for what it does not support."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, ts: Tensor, **features: object) -> Tensor:
+        call = make_call(q, k, v, ranges, ts, **features)
+        missing = kernel.unsupported(call)
+        if missing:
+            raise ValueError(f"the backend does not support {missing}")
+        return kernel.attention(call)
+
+    return attention
 
 
 def run(attention: Callable, tensors: dict[str, Tensor], options: dict, grad: Tensor) -> dict[str, Tensor]:

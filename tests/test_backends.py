@@ -8,6 +8,7 @@ from tolerances import relative_error
 from torch import nn
 
 from hf_multimax import MultiMax, backend, multimax_attention, multimax_parameters, patch_model
+from hf_multimax.attention.call import make_call
 from hf_multimax.attention.choose import choose_kernel
 from hf_multimax.attention.native import backend as native
 from hf_multimax.attention.tiled import backend as tiled
@@ -72,18 +73,18 @@ def arguments(dtype=torch.float32, length=700, **tensors):
 
 @needs_native
 def test_auto_takes_what_supports_the_call():
-    assert choose_kernel(**arguments()) is native
-    assert choose_kernel(**arguments(torch.float64)) is tiled
-    assert choose_kernel(**arguments(torch.float64, length=8)) is None
-    assert choose_kernel(**arguments(), weights=True) is None
+    assert choose_kernel(make_call(**arguments())) is native
+    assert choose_kernel(make_call(**arguments(torch.float64))) is tiled
+    assert choose_kernel(make_call(**arguments(torch.float64, length=8))) is None
+    assert choose_kernel(make_call(**arguments()), weights=True) is None
     learned_mask = torch.zeros(1, 1, 700, 700, requires_grad=True)
-    assert choose_kernel(**arguments(), mask=learned_mask) is tiled
+    assert choose_kernel(make_call(**arguments(), mask=learned_mask)) is tiled
 
 
 def test_without_a_compiler_auto_takes_tiles(monkeypatch):
     monkeypatch.setattr(native, "available", lambda: False)
-    assert choose_kernel(**arguments()) is tiled
-    assert choose_kernel(**arguments(length=8)) is None
+    assert choose_kernel(make_call(**arguments())) is tiled
+    assert choose_kernel(make_call(**arguments(length=8))) is None
 
 
 @pytest.mark.parametrize(

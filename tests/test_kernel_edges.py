@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from attention_cases import reference
+from attention_cases import reference, through
 from models import make
 from torch.autograd import forward_ad
 
@@ -140,12 +140,12 @@ def test_values_of_no_width(chosen):
 @pytest.mark.parametrize("name", ["tiled", "native"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_window_beyond_any_sequence(name, causal):
-    kernel = {"tiled": tiled, "native": native}[name]
+    attention = through({"tiled": tiled, "native": native}[name])
     if name == "native" and not native.available():
         pytest.skip("no native kernels here")
     tensors = call(rows=40, keys=70)
-    expected = kernel.attention(*tensors, causal=causal)
-    assert torch.equal(kernel.attention(*tensors, causal=causal, window=2**63 - 1), expected)
+    expected = attention(*tensors, causal=causal)
+    assert torch.equal(attention(*tensors, causal=causal, window=2**63 - 1), expected)
 
 
 def test_tensors_kept_as_their_negatives(chosen):
@@ -206,7 +206,7 @@ def test_tiles_read_a_repeated_bias_once(monkeypatch):
     query, key, value, ranges, ts = call()
     by_key = torch.randn(5, 5, 2).permute(2, 0, 1)  # as T5 lays out its position bias
     for bias in (torch.randn(5).expand(1, 2, 5, 5), by_key):
-        tiled.attention(query, key, value, ranges, ts, bias=bias)
+        through(tiled)(query, key, value, ranges, ts, bias=bias)
         assert seen[-1].numel() == (5 if bias is not by_key else 50) and seen[-1].is_contiguous()
 
 
@@ -250,7 +250,7 @@ def test_peaked_rows_have_exact_scalar_gradients(rows, sink):
             return torch.cat(torch.autograd.grad(out, given[3:], grad.to(dtype)))
 
         exact = scalars(reference, torch.float64)
-        found = {"plain": reference, "native": native.attention, "tiled": tiled.attention}
+        found = {"plain": reference, "native": through(native), "tiled": through(tiled)}
         for name, function in found.items():
             if name != "native" or native.available():
                 worst[name].append(relative_error(scalars(function), exact))

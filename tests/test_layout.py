@@ -21,8 +21,8 @@ ORDER = (
     "functional",
     "attention.__init__",
     "attention.context",
+    "attention.call",
     "attention.operators",
-    "attention.arguments",
     "attention.tiled",
     "attention.native",
     "attention.triton",
@@ -52,7 +52,7 @@ ORDER = (
     "__init__",
 )
 #: What computes with tensors alone.
-KERNELS = ("attention.context", "attention.operators", "attention.arguments")
+KERNELS = ("attention.context", "attention.call", "attention.operators")
 KERNELS = (*KERNELS, "attention.tiled", "attention.native", "attention.triton", "loss")
 
 

@@ -25,6 +25,7 @@ from hf_multimax.attention.native import backend as native
 from hf_multimax.extension import build as native_build
 from hf_multimax.extension import library as native_library
 from hf_multimax.extension import store as native_store
+from tests.attention_cases import through
 
 pytestmark = [
     pytest.mark.skipif(not native.available(), reason=f"no native backend here: {native.reason()}"),
@@ -514,8 +515,8 @@ def test_a_process_forked_while_another_thread_compiles(machine):
 
 def test_a_forked_process_computes_with_the_library_of_its_parent():
     q, ranges, ts = torch.randn(1, 2, 40, 16), torch.randn(4), torch.randn(4)
-    expected = native.attention(q, q, q, ranges, ts)
-    assert in_child(lambda: torch.equal(native.attention(q, q, q, ranges, ts), expected))
+    expected = through(native)(q, q, q, ranges, ts)
+    assert in_child(lambda: torch.equal(through(native)(q, q, q, ranges, ts), expected))
 
 
 def test_on_other_systems_one_sentence_says_so(machine, monkeypatch):
@@ -528,8 +529,9 @@ def test_on_other_systems_one_sentence_says_so(machine, monkeypatch):
 @pytest.mark.slow
 def test_a_process_of_its_own_compiles_and_a_second_one_finds_it(tmp_path):
     script = (
-        "import torch\nfrom hf_multimax.attention.native import backend as native\nq = torch.ones(1, 1, 4, 8)\n"
-        "print(native.attention(q, q, q, torch.zeros(4), torch.zeros(4)).sum().item())"
+        "import torch\nfrom hf_multimax.attention.call import make_call\n"
+        "from hf_multimax.attention.native import backend as native\nq = torch.ones(1, 1, 4, 8)\n"
+        "print(native.attention(make_call(q, q, q, torch.zeros(4), torch.zeros(4))).sum().item())"
     )
     for path in (os.environ["PATH"], str(tmp_path)):
         done = subprocess.run(

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from hf_multimax.attention.call import make_call
 from hf_multimax.attention.tiled import backend as tiled
 from hf_multimax.attention.tiled import tiles
 from hf_multimax.functional import masked_softmax
-from tests.attention_cases import CASES, Case, check, reference, run
+from tests.attention_cases import CASES, Case, check, reference, run, through
+
+tiled_attention = through(tiled)
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -18,13 +21,13 @@ def _call(case: Case, dtype=torch.float32, **more):
 
 @pytest.mark.parametrize("case", [*CASES, Case("mask gradient", mask="additive_grad")], ids=lambda c: c.name)
 def test_float32_agrees_with_float64(case):
-    check(tiled.attention, case)
+    check(tiled_attention, case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["plain", "all", "decode"])
 def test_half_precision_is_no_worse_than_eager(name, dtype):
-    check(tiled.attention, next(c for c in CASES if c.name == name), dtype)
+    check(tiled_attention, next(c for c in CASES if c.name == name), dtype)
 
 
 @pytest.mark.parametrize("name", ["all", "gqa per head", "window two-sided", "bias per key"])
@@ -34,7 +37,7 @@ def test_tiles_of_any_size_in_float64(name, elements, monkeypatch):
     monkeypatch.setattr(tiles, "CAUSAL_ROWS", 24)
     tensors, options, grad = _call(next(c for c in CASES if c.name == name), torch.float64)
     tensors = {key: x.double() for key, x in tensors.items()}
-    actual, expected = (run(f, tensors, options, grad) for f in (tiled.attention, reference))
+    actual, expected = (run(f, tensors, options, grad) for f in (tiled_attention, reference))
     for key in expected:
         torch.testing.assert_close(actual[key], expected[key], rtol=1e-9, atol=1e-9)
 
@@ -42,12 +45,12 @@ def test_tiles_of_any_size_in_float64(name, elements, monkeypatch):
 def test_gradients_pass_gradcheck():
     tensors, options, _ = _call(Case("", (1, 2, 1, 3, 5), (4, 3)), causal=True, softcap=2.0)
     leaves = [x.double().requires_grad_() for x in tensors.values()]
-    assert torch.autograd.gradcheck(lambda *x: tiled.attention(*x, **options), leaves)
+    assert torch.autograd.gradcheck(lambda *x: tiled_attention(*x, **options), leaves)
 
 
 def test_fully_masked_rows_are_zero_with_zero_gradients():
     tensors, options, grad = _call(Case(""), mask=torch.zeros(2, 1, 33, 33, dtype=torch.bool))
-    assert all((x == 0).all() for x in run(tiled.attention, tensors, options, grad).values())
+    assert all((x == 0).all() for x in run(tiled_attention, tensors, options, grad).values())
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY])
@@ -55,18 +58,18 @@ def test_bad_scores_stay_in_their_row(value):
     tensors, options, _ = _call(Case("", (1, 2, 2, 33, 60), bias=(1, 2, 33, 60)))
     tensors["bias"][0, 0, 0, 5] = value
     bias = tensors.pop("bias")
-    out = tiled.attention(*tensors.values(), bias=bias)
+    out = tiled_attention(*tensors.values(), bias=bias)
     assert out[0, 0, 0].isnan().all()
     assert out.flatten(0, 2)[1:].isfinite().all()
     mask = torch.ones(33, 60, dtype=torch.bool)
     mask[0, 5] = False  # a masked entry does not count, whatever it holds
-    assert tiled.attention(*tensors.values(), bias=bias, mask=mask).isfinite().all()
+    assert tiled_attention(*tensors.values(), bias=bias, mask=mask).isfinite().all()
 
 
 def test_infinite_queries_make_masked_or_bad_scores():
     tensors, _, _ = _call(Case("", (1, 1, 1, 4, 6)))
     tensors["q"][0, 0, 2, 0] = INFINITY
-    out, expected = (f(*tensors.values()) for f in (tiled.attention, reference))
+    out, expected = (f(*tensors.values()) for f in (tiled_attention, reference))
     assert torch.equal(out.isnan(), expected.isnan()) and out[0, 0, [0, 1, 3]].isfinite().all()
 
 
@@ -75,12 +78,16 @@ def test_dropout_is_the_same_in_backward_and_fair(monkeypatch):
     case = Case("", (2, 4, 2, 40, 90), (16, 90), per_head=True)
     tensors, options, grad = _call(case)
     tensors["v"] = torch.eye(90).expand_as(tensors["v"]).clone()  # the output shows the dropped weights
-    actual = run(tiled.attention, tensors, {"dropout_p": 0.3}, grad)
+    actual = run(tiled_attention, tensors, {"dropout_p": 0.3}, grad)
     factors = torch.where(actual["out"] != 0, 1 / 0.7, 0.0)
     assert abs((factors == 0).float().mean() - 0.3) < 0.02
     expected = run(reference, {n: x.double() for n, x in tensors.items()}, {"dropout": factors.double()}, grad.double())
     for name in actual:
         torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-4, atol=1e-4)
+
+
+def _softmax(scores, keep):
+    return scores.softmax(-1)
 
 
 def _temperature(scores, keep, temperature):
@@ -95,7 +102,7 @@ def test_any_row_function_runs_through_the_tiles(mask, monkeypatch):
     tensors["temperature"] = torch.rand(4, dtype=torch.float64) + 0.5
 
     def through_tiles(q, k, v, bias, temperature, **more):
-        return tiled.rowwise_attention(_temperature, (temperature,), q, k, v, bias=bias, **more)
+        return tiled.rowwise_attention(_temperature, (temperature,), make_call(q, k, v, None, None, bias=bias, **more))
 
     def whole(q, k, v, bias, temperature, mask=None, **more):
         k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
@@ -117,10 +124,10 @@ def test_any_row_function_runs_through_the_tiles(mask, monkeypatch):
 
 def test_row_function_without_gradients_and_with_dropout():
     q = torch.randn(1, 2, 5, 4)
-    out = tiled.rowwise_attention(lambda scores, keep: scores.softmax(-1), (), q, q, q)
+    out = tiled.rowwise_attention(_softmax, (), make_call(q, q, q, None, None))
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q))
     q.requires_grad_()
-    tiled.rowwise_attention(lambda scores, keep: scores.softmax(-1), (), q, q, q, dropout_p=0.5).sum().backward()
+    tiled.rowwise_attention(_softmax, (), make_call(q, q, q, None, None, dropout_p=0.5)).sum().backward()
     assert q.grad.isfinite().all()
 
 
@@ -159,7 +166,7 @@ def test_mistakes_are_named(change, error, phrase):
     arguments = {name: torch.zeros(1, 2, 5, 8) for name in "qkv"}
     arguments.update(ranges=torch.zeros(4), ts=torch.zeros(4))
     with pytest.raises(error, match=phrase):
-        tiled.attention(**{**arguments, **change})
+        tiled_attention(**{**arguments, **change})
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -167,7 +174,7 @@ def test_terms_that_vanish_still_have_gradients(per_head):
     tensors, options, grad = _call(Case("", (2, 4, 2, 40, 90), per_head=per_head), torch.float64, causal=True)
     tensors = {key: x.double() for key, x in tensors.items()}
     tensors["ts"] = tensors["ts"].clone().zero_()
-    actual, expected = (run(f, tensors, options, grad) for f in (tiled.attention, reference))
+    actual, expected = (run(f, tensors, options, grad) for f in (tiled_attention, reference))
     for key in expected:
         torch.testing.assert_close(actual[key], expected[key], rtol=1e-9, atol=1e-9)
 
@@ -179,6 +186,6 @@ def test_large_scores_are_masked_too(size):
     tensors["q"] *= size
     mask = torch.rand(33, 60) > 0.5
     mask[3] = False
-    out, expected = (f(*tensors.values(), mask=mask, causal=True) for f in (tiled.attention, reference))
+    out, expected = (f(*tensors.values(), mask=mask, causal=True) for f in (tiled_attention, reference))
     torch.testing.assert_close(out, expected)
     assert (out[:, :, 3] == 0).all()

@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_multimax.attention.triton.backend import attention, unsupported, varlen_attention
-from tests.attention_cases import Case
+from hf_multimax import backend, multimax_attention
+from hf_multimax.attention.call import Call, make_call
+from hf_multimax.attention.triton import backend as triton_backend
+from tests.attention_cases import Case, through
 from tests.triton_checks import CHECKS
 
 ROOT = Path(__file__).parents[1]
+attention = through(triton_backend)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -62,42 +65,41 @@ def compile_for_hopper(width: int, dtype: str, features: str) -> None:
     from benchmarks.instructions import compiling_for_hopper
     from hf_multimax.attention.triton import launch as triton_launch
 
-    problem = _problem(triton_launch.Problem, width, getattr(torch, dtype), features)
-    out = torch.empty_like(problem.q)
-    norms = torch.empty(2 if dtype == "float32" else 1, *problem.q.shape[:3])
+    call = _call(width, getattr(torch, dtype), features)
+    out = torch.empty_like(call.q)
+    norms = torch.empty(2 if dtype == "float32" else 1, *call.q.shape[:3])
     residual = None if dtype == "float32" else out
     with compiling_for_hopper() as launches:
-        triton_launch.forward(problem, out, residual, norms)
+        triton_launch.forward(call, out, residual, norms)
         if features != "decode":
-            needs = [True] * 5 + [problem.affine_scale is not None] * 2 + [False, problem.bias is not None]
-            triton_launch.backward(problem, out, out, residual, norms, needs)
+            needed = [x is not None and name not in ("mask", "sinks") for name, x in zip(Call._fields, call)]
+            triton_launch.backward(call, out, out, residual, norms, needed)
     for launch in launches:
         loops = launch.loops()
         print(launch.kernel, round(loops.per_score[0], 1) if loops.per_score else 0, loops.spilled)
 
 
-def _problem(make, width: int, dtype: torch.dtype, features: str):
-    """A call of training size with no features ("plain", "causal"), all of them ("all"), packed, or one query."""
+def _call(width: int, dtype: torch.dtype, features: str) -> Call:
+    """A call of training size with no features ("plain", "causal"), all of them ("all"), or one query."""
     heads, rows, keys = 4, 1 if features == "decode" else 1024, 1024
     everything = features == "all"
     q = torch.empty(1, rows, heads, width, dtype=dtype).transpose(1, 2)
     k, v = (torch.empty(1, keys, 2 if everything else heads, width, dtype=dtype).transpose(1, 2) for _ in range(2))
     scalars = torch.empty((heads, 4) if everything else 4)
-    affine = torch.empty(heads) if everything else None
-    cu = torch.empty(3, dtype=torch.int32) if features == "packed" else None
-    return make(
-        q, k, v, scalars, scalars, affine, affine,
-        torch.empty(heads) if everything else None,
-        torch.empty(1, 1, 1, keys, dtype=torch.bool) if everything else None,
-        torch.empty(1, heads, rows, keys, dtype=dtype) if everything else None,
-        torch.empty(1, dtype=torch.int64) if everything else None,
-        cu, cu, rows, keys,
-        0.1 if everything else 0.0,
-        features != "plain",
-        100 if everything else None,
-        0.125,
-        30.0 if everything else None,
-    )  # fmt: skip
+    call = make_call(q, k, v, scalars, scalars, causal=features != "plain", scale=0.125)
+    if not everything:
+        return call
+    return call._replace(
+        affine_scale=torch.empty(heads),
+        affine_shift=torch.empty(heads),
+        sinks=torch.empty(heads),
+        mask=torch.empty(1, 1, 1, keys, dtype=torch.bool),
+        bias=torch.empty(1, heads, rows, keys, dtype=dtype),
+        seed=torch.empty(1, dtype=torch.int64),
+        dropout_p=0.1,
+        window=100,
+        softcap=30.0,
+    )
 
 
 @needs_triton
@@ -113,7 +115,6 @@ def _problem(make, width: int, dtype: torch.dtype, features: str):
                 (64, "float16", "all"),
                 (64, "bfloat16", "decode"),
                 (64, "float32", "causal"),
-                (64, "bfloat16", "packed"),
                 (128, "bfloat16", "plain"),
                 (128, "bfloat16", "causal"),
                 (128, "bfloat16", "decode"),
@@ -148,6 +149,10 @@ def test_compiles_for_sm_90_without_spills(width, dtype, features, tmp_path):
 # --- without Triton and without a GPU ----------------------------------------------------------------------------
 
 
+def unsupported(*tensors: torch.Tensor, **features: object) -> str | None:
+    return triton_backend.unsupported(make_call(*tensors, **features))
+
+
 def _meta(rows: int = 5, keys: int = 7, **more):
     q, k, v = (torch.empty(2, 4, n, 16, device="meta", **more) for n in (rows, keys, keys))
     return q, k, v, torch.empty(4, device="meta"), torch.empty(4, device="meta")
@@ -157,7 +162,8 @@ def test_import_needs_no_triton():
     script = (
         "import sys; sys.modules['triton'] = None; "
         "import torch; from hf_multimax.attention.triton.backend import unsupported; "
-        "x = torch.empty(1, 1, 1, 1); print(unsupported(x, x, x, x, x))"
+        "from hf_multimax.attention.call import make_call; "
+        "x = torch.empty(1, 1, 1, 1); print(unsupported(make_call(x, x, x, torch.empty(2), torch.empty(2))))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -168,15 +174,14 @@ def test_import_needs_no_triton():
 def test_cpu_tensors_are_refused():
     tensors, _ = Case("").build()
     assert unsupported(*tensors.values()) == "CPU tensors"
-    with pytest.raises(ValueError, match=r"does not support CPU tensors; use backend"):
-        attention(*tensors.values())
+    with backend("triton"), pytest.raises(ValueError, match=r"does not support CPU tensors: use backend"):
+        multimax_attention(*tensors.values())
 
 
 def test_other_refusals():
     assert "float64" in unsupported(*_meta(dtype=torch.float64))
     q, k, v, ranges, ts = _meta()
     assert unsupported(q, k, v, ranges, ts) is None
-    assert "different types" in unsupported(q, k.half(), v, ranges, ts)
     mask = torch.empty(5, 7, device="meta", requires_grad=True)
     assert "gradient for the mask" in unsupported(q, k, v, ranges, ts, mask=mask)
     wide = torch.empty(1, 1, 1, 264, device="meta")
@@ -211,14 +216,3 @@ def test_fake_tensors_need_no_gpu():
     assert out.shape == (2, 4, 5, 16) and out.transpose(1, 2).is_contiguous()
     for leaf, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves)):
         assert gradient.shape == leaf.shape and gradient.dtype == leaf.dtype
-
-
-def test_packed_mistakes_are_named():
-    q = torch.empty(5, 4, 16, device="meta")
-    cu = torch.empty(2, dtype=torch.int32, device="meta")
-    scalars = torch.empty(4, device="meta")
-    with pytest.raises(ValueError, match="must be \\[tokens, heads, dim\\]"):
-        varlen_attention(q[None], q, q, scalars, scalars, cu, cu, 5, 5)
-    with pytest.raises(ValueError, match="cu_seqlens_q and cu_seqlens_k must both"):
-        varlen_attention(q, q, q, scalars, scalars, cu, cu[:1], 5, 5)
-    assert varlen_attention(q, q, q, scalars, scalars, cu, cu, 5, 5).shape == (5, 4, 16)

@@ -12,11 +12,12 @@ from unittest import mock
 import numpy as np
 import torch
 
-from hf_multimax.attention.interface import eager_attention
-from hf_multimax.attention.triton.backend import attention, varlen_attention
+from hf_multimax.attention.call import make_call
+from hf_multimax.attention.eager import eager_attention
+from hf_multimax.attention.triton import backend
 from hf_multimax.functional import masked_softmax, modulate
 from tests import extreme_scores
-from tests.attention_cases import Case, check, doubled, reference, run
+from tests.attention_cases import Case, check, doubled, reference, run, through
 from tests.tolerances import RELATIVE, assert_close, assert_draws_no_worse, assert_none_worse, relative_error
 
 if importlib.util.find_spec("triton") is not None:
@@ -31,11 +32,11 @@ __all__ = [
     "compiles_as_one_graph",
     "dropout_is_the_same_in_backward",
     "half_precision_is_no_worse_than_eager",
-    "packed_sequences",
     "repeats_bit_by_bit",
 ]
 
 Check = Callable[[], None]
+attention = through(backend)
 
 CAUSAL = {"causal": True}
 CASES = [
@@ -124,7 +125,8 @@ def half_precision_is_no_worse_than_eager(case: Case, dtype: torch.dtype, draws:
     """Where one weight of a row is nearly 1, its gradient is a difference of equals, magnified by the slope."""
 
     def eager(q, k, v, ranges, ts):
-        return eager_attention(q, k, v, lambda scores: modulate(scores, ranges, ts), masked_softmax)[0]
+        call = make_call(q, k, v, ranges, ts)
+        return eager_attention(call, lambda scores: modulate(scores, ranges, ts), masked_softmax)[0]
 
     errors: dict[str, tuple[list[float], list[float]]] = {}
     with _as_on_tensor_cores():
@@ -258,34 +260,6 @@ def no_keys_and_no_queries() -> None:
         assert out.shape == (1, 2, rows, 8) and not out.any() and not q.grad.any()
 
 
-def packed_sequences(features: dict[str, object], longest: int = 33) -> None:
-    lengths = [(5, 9), (0, 4), (longest, longest), (1, 2)]
-    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in zip(*lengths))
-    used, keys = longest + 6, longest + 17
-    q, k, v = torch.randn(used + 2, 4, 16), torch.randn(keys, 2, 16), torch.randn(keys, 2, 8)
-    tensors = {"q": q, "k": k, "v": v, "ranges": torch.randn(4, 4), "ts": torch.rand(4, 4)}
-    grad = torch.randn(used + 2, 4, 8)
-    grad[used:] = 0  # tokens past the last sequence
-
-    def packed(q, k, v, ranges, ts):
-        return varlen_attention(q, k, v, ranges, ts, cu_q, cu_k, longest, longest, **features)
-
-    def one_by_one(q, k, v, ranges, ts):
-        rows, keys = q.split([*(a for a, _ in lengths), 2]), k.split([*(b for _, b in lengths), 2])
-        values = v.split([*(b for _, b in lengths), 2])
-        parts = [
-            reference(*(x.transpose(0, 1)[None] for x in qkv), ranges, ts, **features)[0].transpose(0, 1)
-            for qkv in list(zip(rows, keys, values))[:-1]
-        ]
-        return torch.cat((*parts, parts[0].new_zeros(2, 4, 8)))
-
-    actual = run(packed, tensors, {}, grad)
-    exact = run(one_by_one, doubled(tensors), {}, grad.double())
-    assert not actual["out"][used:].any()
-    for name in actual:
-        assert_close(actual[name], exact[name], 1e-5, name)
-
-
 # --- what PyTorch asks of an operator ----------------------------------------------------------------------------
 
 
@@ -294,15 +268,14 @@ def operators() -> None:
     q, k, v = (torch.randn(1, 5, 2, 16).transpose(1, 2) for _ in range(3))
     bias, seed = torch.randn(1, 2, 5, 5), torch.tensor([7])
     tensors = [x.requires_grad_() for x in (q, k, v, ranges, ts, scale, shift)]
-    arguments = (
-        *tensors, None, torch.rand(5, 5) > 0.2, bias.requires_grad_(), seed, None, None, 5, 5,
-        0.1, True, 4, 0.25, 2.0, True,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.hf_multimax.triton_attention.default, arguments)
+    options = (torch.rand(5, 5) > 0.2, bias.requires_grad_(), *tensors[5:], None, seed, 0.1, True, 4, 0.25, 2.0)
+    call = (*tensors[:5], *options)
+    training = torch.ops.hf_multimax.triton_attention_training.default
+    torch.library.opcheck(training, call)
     halves = [x.detach().half().requires_grad_() for x in (q, k, v)]  # with what rounding the output cut off
-    torch.library.opcheck(
-        torch.ops.hf_multimax.triton_attention.default, (*halves, *arguments[3:]), test_utils="test_faketensor"
-    )
+    torch.library.opcheck(training, (*halves, *call[3:]), test_utils="test_faketensor")
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in call]
+    torch.library.opcheck(torch.ops.hf_multimax.triton_attention.default, detached)
 
 
 def compiles_as_one_graph(compiler: str) -> None:
@@ -359,7 +332,6 @@ CHECKS: dict[str, Check] = {
     **_each(gradients_only_where_asked),
     **_each(scalars_of_each_head_in_float64),
     **_each(no_keys_and_no_queries),
-    **_each(packed_sequences, features={"plain": {}, "banded": {"causal": True, "window": 5, "softcap": 3.0}}),
     **_each(operators),
     **_each(compiles_as_one_graph, compiler={"aot_eager": "aot_eager"}),
 }

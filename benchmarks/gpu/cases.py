@@ -78,12 +78,13 @@ def triton_fault() -> str | None:
     import torch
     import triton
 
+    from hf_multimax.attention.call import make_call
     from hf_multimax.attention.triton.backend import attention
 
     q = torch.ones(1, 1, 17, 16)
     scalars = torch.zeros(4)
     try:
-        attention(q, q, q, scalars, scalars)
+        attention(make_call(q, q, q, scalars, scalars))
     except Exception as error:  # noqa: BLE001 - the interpreter wraps what it meets in errors of its own
         versions = f"Triton {triton.__version__} with NumPy {numpy.__version__}"
         if "only 0-dimensional arrays" in str(error):

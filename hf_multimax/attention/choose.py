@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from hf_multimax.attention import choice
+from hf_multimax.attention.call import Call
 from hf_multimax.attention.context import differentiated_by_functions
 from hf_multimax.attention.native import backend as native
 from hf_multimax.attention.tiled import backend as tiled
@@ -61,51 +61,47 @@ def current_backend() -> str:
     return choice.name
 
 
-def choose_kernel(
-    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, ts: Tensor, *, weights: bool = False, **features: object
-) -> ModuleType | None:
-    """The kernel module for a call of MultiMax attention; None for eager.
+def choose_kernel(call: Call, *, weights: bool = False, other: str | None = None) -> ModuleType | None:
+    """The backend that computes a call; None for eager.
 
     Args:
         weights: whether the attention weights are to be returned, which no kernel ever has.
-        features: the keywords of the kernels' ``attention``.
+        other: the name of a normalizer other than MultiMax, which only ``rowwise_attention`` computes.
 
     Raises:
         ValueError: if the user chose a backend that does not support the call; the text names the feature.
     """
-    if ranges.device != q.device:
-        raise ValueError(f"q is on {q.device}, but ranges and ts are on {ranges.device}: move them there")
     chosen = current_backend()
     if chosen == "eager":
         return None
-    unusual = _beyond_kernels(weights)
+    unusual = _beyond_kernels(call, weights)
     if chosen != "auto":
-        kernel = _KERNELS[chosen]
-        missing = unusual or kernel.unsupported(q, k, v, ranges, ts, **features)
+        missing = unusual or _missing(_KERNELS[chosen], call, other)
         if missing:
             raise ValueError(f"backend({chosen!r}) does not support {missing}: use backend('auto') or backend('eager')")
-        return kernel
+        return _KERNELS[chosen]
     if unusual or exporting():
         return None
-    kernel = _PREFERRED.get(q.device.type)
+    kernel = _PREFERRED.get(call.q.device.type)
     runs_here = kernel is not None and (kernel is not native or _native_is_available())
-    if runs_here and kernel.unsupported(q, k, v, ranges, ts, **features) is None:
+    if runs_here and _missing(kernel, call, other) is None:
         return kernel
-    return None if tiles_are_slower(q, k) else tiled
+    return None if _tiles_are_slower(call) or _missing(tiled, call, other) else tiled
 
 
-def require_eager(feature: str) -> None:
-    """Raise ValueError if the user chose a backend other than eager, which alone has that feature."""
-    if current_backend() not in ("auto", "eager"):
-        raise ValueError(
-            f"backend({current_backend()!r}) does not support {feature}: use backend('auto') or backend('eager')"
-        )
+def _missing(kernel: ModuleType, call: Call, other: str | None) -> str | None:
+    """What of a call a backend lacks."""
+    if other is None:
+        return kernel.unsupported(call)
+    return kernel.rowwise_unsupported(call) if hasattr(kernel, "rowwise_unsupported") else other
 
 
-def _beyond_kernels(weights: bool) -> str | None:
+def _beyond_kernels(call: Call, weights: bool) -> str | None:
     """What a call asks for that only eager attention has."""
     if weights:
         return "returning attention weights"
+    if call.sinks is not None and call.sinks.ndim > 1:
+        return "attention sinks that differ from query to query"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward derivatives"
     return "the derivatives of torch.func" if differentiated_by_functions() else None
@@ -116,9 +112,9 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def tiles_are_slower(q: Tensor, k: Tensor) -> bool:
+def _tiles_are_slower(call: Call) -> bool:
     """Whether the score matrix of a call is so small that it costs less whole than in tiles."""
-    return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= SMALL
+    return call.q.shape[0] * call.q.shape[1] * call.q.shape[2] * call.k.shape[2] <= SMALL
 
 
 @torch.compiler.assume_constant_result

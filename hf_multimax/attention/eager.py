@@ -6,48 +6,47 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as apply_dropout
 
+from hf_multimax.attention.call import Call
 from hf_multimax.functional import compute_dtype
 
-__all__ = ["eager_attention", "with_causal", "with_mask"]
+__all__ = ["eager_attention", "with_mask"]
 
 
 def eager_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    modulator: Callable[[Tensor], Tensor],
-    normalize: Callable[..., Tensor],
-    *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    call: Call, modulator: Callable[[Tensor], Tensor], normalize: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Attention with the whole score matrix in memory: ``[B, H, Nq, Dv]`` and the weights after dropout.
 
     The order of operations is that of Transformers' eager attention, so that with an identity modulator the float32
     results are the same bit for bit.
     """
-    groups = q.shape[1] // k.shape[1]
+    k, v = call.k, call.v
+    groups = call.q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = torch.matmul(q, k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None:
-        scores = scores + bias
+    scores = torch.matmul(call.q, k.transpose(-1, -2)) * call.scale
+    if call.softcap:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    if call.bias is not None:
+        scores = scores + call.bias
     scores = modulator(scores.to(compute_dtype(scores.dtype)))
-    keep, additive = _split_mask(mask)
+    keep, additive = _split_mask(with_mask(call.mask, _band(call)) if call.banded else call.mask)
     if additive is not None:
         scores = scores + additive
-    if sinks is None:
+    if call.sinks is None:
         weights = normalize(scores, -1, keep)
     else:
-        weights = _normalize_with_sinks(scores, normalize, keep, sinks)
-    weights = apply_dropout(weights.to(v.dtype), p=dropout_p)
+        weights = _normalize_with_sinks(scores, normalize, keep, call.sinks)
+    weights = apply_dropout(weights.to(v.dtype), p=call.dropout_p)
     return torch.matmul(weights, v), weights
+
+
+def _band(call: Call) -> Tensor:
+    """What causality and the window keep, ``[Nq, Nk]``, aligned at the last query and the last key."""
+    queries, keys = call.q.shape[2], call.k.shape[2]
+    ahead = torch.arange(keys, device=call.q.device) - torch.arange(keys - queries, keys, device=call.q.device)[:, None]
+    keep = ahead <= 0 if call.causal else ahead < call.window
+    return keep if call.window < 0 else keep & (ahead > -call.window)
 
 
 def _normalize_with_sinks(
@@ -65,21 +64,12 @@ def _split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """A mask as (what to keep, what to add to the kept scores)."""
     if mask is None or mask.dtype == torch.bool:
         return mask, None
-    if not mask.is_floating_point():
-        raise TypeError(
-            f"an attention mask must be boolean (True = keep) or floating point (additive), got {mask.dtype}"
-        )
     masked = mask <= torch.finfo(mask.dtype).min / 2  # false for NaN, which is not to vanish
     return ~masked, mask.masked_fill(masked, 0.0)
 
 
-def with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
-    """``mask`` and the causal mask, aligned at the last query and the last key."""
-    queries, keys = q.shape[2], k.shape[2]
-    causal = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return causal if mask is None else with_mask(mask, causal)
-
-
-def with_mask(mask: Tensor, keep: Tensor) -> Tensor:
+def with_mask(mask: Tensor | None, keep: Tensor) -> Tensor:
     """A mask of either kind and a boolean one in one."""
+    if mask is None:
+        return keep
     return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(mask.dtype).min)

@@ -1,17 +1,18 @@
 """The one attention function: what every patched layer calls, and what users call without Transformers."""
 
 import contextlib
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import output_capturing
 
-from hf_multimax.attention.choose import choose_kernel, current_backend, exporting, require_eager, tiles_are_slower
-from hf_multimax.attention.context import autocast_dtype, differentiated_by_functions, without_autocast
-from hf_multimax.attention.eager import eager_attention, with_causal, with_mask
-from hf_multimax.attention.tiled import backend as tiled
+from hf_multimax.attention.call import make_call
+from hf_multimax.attention.choose import choose_kernel, current_backend
+from hf_multimax.attention.context import autocast_dtype, without_autocast
+from hf_multimax.attention.eager import eager_attention, with_mask
 from hf_multimax.functional import Affine, masked_softmax, modulate
 from hf_multimax.normalizers.base import MultiMax, Normalizer, normalizers_by_row, on_its_device
 
@@ -25,6 +26,18 @@ CONTINUOUS_BATCHING_REFUSED = (
 )
 
 
+class AttentionFeatures(TypedDict, total=False):
+    """Further keywords of :func:`multimax_attention`."""
+
+    bias: Tensor | None
+    dropout_p: float
+    scale: float | None
+    affine: Affine | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
 def multimax_attention(
     q: Tensor,
     k: Tensor,
@@ -33,11 +46,8 @@ def multimax_attention(
     ts: Tensor,
     *,
     attn_mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
-    affine: Affine | None = None,
+    **features: Unpack[AttentionFeatures],
 ) -> Tensor:
     """``dropout(softmax(sigma(q k^T * scale + bias) + attn_mask)) v``: attention with MultiMax (paper, section 4).
 
@@ -48,33 +58,41 @@ def multimax_attention(
         ranges, ts: the modulator, ``[2N]`` or ``[H, 2N]``; see :func:`hf_multimax.modulate`.
         attn_mask: broadcastable to ``[B, H, Nq, Nk]``; boolean (True = keep), or additive: entries at or below half of
             ``finfo(attn_mask.dtype).min`` are masked, others are added after sigma.
+        is_causal: query i sees keys up to i + Nk - Nq; combines with ``attn_mask``.
         bias: broadcastable to ``[B, H, Nq, Nk]``, added to the scaled scores before sigma; a gradient flows to it.
         dropout_p: probability of dropping an attention weight. It acts whenever it is above 0.
-        is_causal: query i sees keys up to i + Nk - Nq; combines with ``attn_mask``.
         scale: of the scores; None is ``D ** -0.5``.
-        affine: ``(scale, shift)`` of the affine variant.
+        affine: ``(scale, shift)`` of the affine variant, each a scalar or ``[H]``.
+        window: with ``is_causal`` the last ``window`` keys, itself included; without it keys at a distance below it.
+            What it hides costs nothing: time and memory grow with Nq times ``window``.
+        softcap: c in ``c * tanh(score / c)``, applied before the bias.
+        sinks: ``[H]``, extra unmodulated logits that take a share of the weights and give nothing.
 
     Returns:
         ``[B, H, Nq, Dv]`` in v's type. Rows that see no key give zeros.
 
     Raises:
-        ValueError: for shapes that do not fit, ``is_causal`` with more queries than keys, or a probability outside
-            [0, 1). TypeError: for a mask that is neither boolean nor floating.
+        ValueError: for shapes that do not fit, ``is_causal`` or ``window`` with more queries than keys, or a
+            probability outside [0, 1). TypeError: for a mask that is neither boolean nor floating.
+
+    Example:
+        >>> import torch
+        >>> from hf_multimax import multimax_attention
+        >>> q, k, v = torch.randn(3, 2, 4, 16, 8).unbind()  # batch 2, 4 heads, length 16, width 8
+        >>> ranges, ts = torch.zeros(4), torch.zeros(4)
+        >>> out = multimax_attention(q, k, v, ranges, ts, is_causal=True)
+        >>> expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        >>> torch.allclose(out, expected, atol=1e-6)  # slopes of zero: SoftMax
+        True
     """
     q, k, v, no_autocast = _as_autocast_wants(q, k, v)
-    tiled.check_arguments(q, k, v, ranges, ts, attn_mask, bias, affine, dropout_p, is_causal)
-    features = {"mask": attn_mask, "bias": bias, "affine": affine, "dropout_p": dropout_p, "causal": is_causal}
-
-    def modulator(scores: Tensor) -> Tensor:
-        return modulate(scores, ranges, ts, affine)
-
+    call = make_call(q, k, v, ranges, ts, mask=attn_mask, causal=is_causal, **features)
     with no_autocast:
-        kernel = choose_kernel(q, k, v, ranges, ts, scale=scale, **features)
+        kernel = choose_kernel(call)
         if kernel is not None:
-            return kernel.attention(q, k, v, ranges, ts, scale=scale, **features)
-        mask = with_causal(attn_mask, q, k) if is_causal else attn_mask
-        options = {"mask": mask, "bias": bias, "dropout_p": dropout_p, "scale": scale}
-        return eager_attention(q, k, v, modulator, masked_softmax, **options)[0]
+            return kernel.attention(call)
+        affine = features.get("affine")
+        return eager_attention(call, lambda scores: modulate(scores, ranges, ts, affine), masked_softmax)[0]
 
 
 def attention_forward(
@@ -86,19 +104,14 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    sinks: Tensor | None = None,
-    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What Transformers' AttentionInterface calls: ``[B, H, Nq, D]`` in, ``[B, Nq, H, Dv]`` and the weights out.
 
     Scores pass scaling, soft-capping, position bias, the layer's normalizer (its elementwise part), the mask, and
     join the attention sinks, which stay unmodulated. As under SDPA, a mask of None means "causal" for a causal layer,
-    except in models written for masks that are always there.
-    Other keywords (``sliding_window``, which the mask contains, packing hints for flash attention) need nothing here.
+    except in models written for masks that are always there. Of the other keywords, those of :data:`_KEYWORDS` act;
+    the rest (``sliding_window``, which the mask contains, packing hints for flash attention) needs nothing here.
 
     Raises:
         ValueError: if the layer was never patched, or a paged cache is given.
@@ -109,57 +122,64 @@ def attention_forward(
             "never patched, so it has no normalizer: load the checkpoint by its Auto class after `import hf_multimax`, "
             "or call hf_multimax.patch_model(model)"
         )
-    if cache is not None:
+    if kwargs.get("cache") is not None:
         raise ValueError(CONTINUOUS_BATCHING_REFUSED)
     is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     is_causal = is_causal and not getattr(module, "_multimax_always_masked", False)
-    attention_mask = _with_selected_keys(module, query, key, attention_mask, kwargs)
-    causal = attention_mask is None and query.shape[2] > 1 and bool(is_causal)
-    weights_wanted = _weights_wanted(module, kwargs)
-    sinks = s_aux if s_aux is not None else sinks
-    normalizers = _normalizers(module, query.shape[0])
-    # A layer that the config leaves out shares its config with patched ones and keeps the stock model's SoftMax.
-    stock, eager = all(normalizer is None for normalizer, _ in normalizers), getattr(module, "_multimax_eager", False)
-    if stock and not eager and current_backend() == "auto" and not weights_wanted and sinks is None and not softcap:
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            position_bias=position_bias,
-        )
+    weights_wanted, normalizers = _weights_wanted(module, kwargs), _normalizers(module, query.shape[0])
+    window = _window(attention_mask, query, key)
+    mask = _with_selected_keys(module, query, key, attention_mask, kwargs)
+    features = {"scale": scaling, **{name: kwargs.get(given) for given, name in _KEYWORDS.items()}}
+    features["sinks"] = features["sinks"] if kwargs.get("s_aux") is None else kwargs["s_aux"]
+    if _stays_stock(module, normalizers, features) and not weights_wanted:
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": features["bias"]}
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    causal = mask is None and query.shape[2] > 1 and bool(is_causal)
     if causal:
         # A static cache at its first call is longer than the queries, which are its first entries.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
+        features["bias"] = None if features["bias"] is None else features["bias"][..., : query.shape[2]]
     if query.shape[0] == 1:  # queries of the model's own, for every text
         query = query.expand(key.shape[0], -1, -1, -1)
+    features |= {"mask": mask, "dropout_p": dropout if module.training else 0.0, "window": window}
+    features["causal"] = causal or window is not None
     query, key, value, no_autocast = _as_autocast_wants(query, key, value)
-    options = {
-        "dropout_p": dropout if module.training else 0.0,
-        "causal": causal,
-        "scale": scaling,
-        "softcap": softcap,
-        "sinks": sinks,
-        "stock_is_eager": eager,
-    }
+    stock_is_eager = getattr(module, "_multimax_eager", False)
     parts = []
     with no_autocast:
         for normalizer, rows in normalizers:
-            tensors = (query, key, value, attention_mask, position_bias)
-            q, k, v, mask, bias = tensors if rows is None else (_rows_of(x, rows, query.shape[0]) for x in tensors)
+            tensors = (query, key, value) if rows is None else (x[rows.to(x.device)] for x in (query, key, value))
+            own = features if rows is None else {k: _rows_of(x, rows, query.shape[0]) for k, x in features.items()}
             with on_its_device(normalizer):
-                parts.append((_attend(normalizer, q, k, v, weights_wanted, mask=mask, bias=bias, **options), rows))
-    (out, weights), rows = parts[0]
-    if rows is not None:
-        order = torch.cat([rows for _, rows in parts]).argsort().to(query.device)
-        out = torch.cat([out for (out, _), _ in parts])[order]
-        weights = torch.cat([weights for (_, weights), _ in parts])[order] if weights_wanted else None
+                parts.append(_attend(normalizer, tensors, own, weights_wanted, stock_is_eager))
+    out, weights = parts[0] if len(parts) == 1 else _in_order(parts, [rows for _, rows in normalizers])
     return out.transpose(1, 2).contiguous(), weights
+
+
+#: what models call the features of a call
+_KEYWORDS = {"position_bias": "bias", "softcap": "softcap", "sinks": "sinks"}
+
+
+def _stays_stock(
+    module: nn.Module, normalizers: list[tuple[Normalizer | None, Tensor | None]], features: dict[str, Any]
+) -> bool:
+    """Whether a layer that the config leaves out, which shares its config with patched ones, computes as under SDPA."""
+    stock = all(normalizer is None for normalizer, _ in normalizers) and current_backend() == "auto"
+    plain = features["sinks"] is None and not features["softcap"]
+    return stock and plain and not getattr(module, "_multimax_eager", False)
+
+
+def _window(mask: Tensor | None, query: Tensor, key: Tensor) -> int | None:
+    """The causal window outside which a mask of Transformers' hides everything, where its maker has noted one."""
+    window = getattr(mask, "_multimax_window", None)
+    return window if window is not None and query.shape[2] == key.shape[2] == mask.shape[-1] else None
+
+
+def _in_order(parts: list[tuple[Tensor, Tensor | None]], rows: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """The results of several normalizers, each row of the batch in its place."""
+    order = torch.cat(rows).argsort().to(parts[0][0].device)
+    out, weights = zip(*parts)
+    return torch.cat(out)[order], None if weights[0] is None else torch.cat(weights)[order]
 
 
 def _with_selected_keys(
@@ -174,7 +194,7 @@ def _with_selected_keys(
     if indices is not None:
         keep = torch.zeros(batch, rows, keys, dtype=torch.bool, device=query.device)
         keep = keep.scatter(-1, indices.long(), True).unsqueeze(1)
-        return keep if mask is None else with_mask(mask, keep)
+        return with_mask(mask, keep)
     if blocks is not None:
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -188,9 +208,9 @@ def _normalizers(module: nn.Module, rows: int) -> list[tuple[Normalizer | None, 
     return [(None, None)] if module.multimax is None else normalizers_by_row(module.multimax, rows)
 
 
-def _rows_of(x: Tensor | None, rows: Tensor, batch: int) -> Tensor | None:
+def _rows_of(x: Any, rows: Tensor, batch: int) -> Any:
     """The rows of a batch; what has none, or one for all, as it is."""
-    return x if x is None or x.ndim < 4 or x.shape[0] != batch else x[rows.to(x.device)]
+    return x if not isinstance(x, Tensor) or x.ndim < 4 or x.shape[0] != batch else x[rows.to(x.device)]
 
 
 def scaled_dot_product_multimax(
@@ -220,8 +240,7 @@ def scaled_dot_product_multimax(
     query, key, value, no_autocast = _as_autocast_wants(query, key, value)
     lead, (rows, keys) = query.shape[:-2], (query.shape[-2], key.shape[-2])
     if is_causal and rows != keys:
-        causal = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril()
-        attn_mask = causal if attn_mask is None else with_mask(attn_mask, causal)
+        attn_mask = with_mask(attn_mask, torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril())
     if len(lead) != 2:
         attn_mask, bias = (
             None if x is None else x.expand(*lead, rows, keys).reshape(-1, *lead[-1:], rows, keys)
@@ -230,87 +249,59 @@ def scaled_dot_product_multimax(
     q, k, v = (
         x if x.ndim == 4 else x.reshape(-1, *(x.shape[-3:-2] or (1,)), *x.shape[-2:]) for x in (query, key, value)
     )
+    features = {"mask": attn_mask, "bias": bias, "dropout_p": dropout_p, "scale": scale}
+    features["causal"] = is_causal and rows == keys
     with no_autocast:
-        out, _ = _attend(
-            normalizer,
-            q,
-            k,
-            v,
-            False,
-            mask=attn_mask,
-            bias=bias,
-            dropout_p=dropout_p,
-            causal=is_causal and rows == keys,
-            scale=scale,
-            softcap=None,
-            sinks=None,
-        )
+        out, _ = _attend(normalizer, (q, k, v), features, False)
     return out.reshape(*lead, rows, value.shape[-1])
 
 
 def _attend(
     normalizer: Normalizer | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    tensors: Iterable[Tensor],
+    features: dict[str, Any],
     weights_wanted: bool,
-    *,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float | None,
     stock_is_eager: bool = False,
-    **features: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention through a layer's normalizer, by the backend that the user chose or that suits the call.
 
     Args:
+        tensors: q, k and v.
+        features: those of :func:`hf_multimax.attention.call.make_call`.
         stock_is_eager: without a normalizer, compute what Transformers' eager attention does, bit for bit.
     """
-    sinks = features["sinks"]
-    if sinks is not None and sinks.ndim > 1:  # one for each query: [B, H, Nq, 1]
-        require_eager("attention sinks that differ from query to query")
-    elif isinstance(normalizer, MultiMax) or (
-        normalizer is None and current_backend() == "auto" and not stock_is_eager
-    ):
-        ranges, ts, features["affine"] = _scalars(normalizer, q)
-        kernel = choose_kernel(q, k, v, ranges, ts, weights=weights_wanted, mask=mask, causal=causal, **features)
+    q, k, v = tensors
+    if isinstance(normalizer, MultiMax):
+        call = make_call(q, k, v, normalizer.ranges, normalizer.ts, affine=normalizer.affine, **features)
+        kernel = choose_kernel(call, weights=weights_wanted)
         if kernel is not None:
-            return kernel.attention(q, k, v, ranges, ts, mask=mask, causal=causal, scale=scale, **features), None
-        del features["affine"]
-    elif normalizer is not None and _in_tiles(q, k, mask, features["sinks"], weights_wanted):
-        unhooked = _Unhooked(normalizer)
-        names, parameters = zip(*unhooked.named_parameters()) if list(unhooked.parameters()) else ((), ())
-        del features["sinks"]
-
-        def rows(scores: Tensor, keep: Tensor | None, *values: Tensor) -> Tensor:
-            return torch.func.functional_call(unhooked, dict(zip(names, values)), (scores, -1, keep))
-
-        return tiled.rowwise_attention(
-            rows, parameters, q, k, v, mask=mask, causal=causal, scale=scale, **features
-        ), None
-    elif current_backend() not in ("auto", "eager") and normalizer is not None:
-        raise ValueError(
-            f"backend({current_backend()!r}) does not support {type(normalizer).__name__} in this call: "
-            "use backend('auto') or backend('eager')"
-        )
-    return eager_attention(
-        q,
-        k,
-        v,
-        _identity if normalizer is None else normalizer.modulate,
-        masked_softmax if normalizer is None else normalizer.normalize,
-        mask=with_causal(mask, q, k) if causal else mask,
-        scale=scale,
-        **features,
-    )
+            return kernel.attention(call), None
+    elif normalizer is not None:
+        call = make_call(q, k, v, None, None, **features)
+        kernel = choose_kernel(call, weights=weights_wanted, other=type(normalizer).__name__)
+        if kernel is not None:
+            return kernel.rowwise_attention(*_row_function(normalizer), call), None
+    else:  # SoftMax, which kernels know as the modulator of slopes 0
+        zeros = torch.zeros(2, device=q.device)
+        call = make_call(q, k, v, zeros, zeros, **features)
+        kernel = None
+        if current_backend() == "auto" and not stock_is_eager:
+            kernel = choose_kernel(call, weights=weights_wanted)
+        if kernel is not None:
+            return kernel.attention(call), None
+        return eager_attention(call, _identity, masked_softmax)
+    return eager_attention(call, normalizer.modulate, normalizer.normalize)
 
 
-def _scalars(normalizer: MultiMax | None, q: Tensor) -> tuple[Tensor, Tensor, Affine | None]:
-    """The modulator's parameters; without one those of SoftMax."""
-    if normalizer is not None:
-        return normalizer.ranges, normalizer.ts, normalizer.affine
-    zeros = torch.zeros(2, device=q.device)
-    return zeros, zeros, None
+def _row_function(normalizer: Normalizer) -> tuple[Callable[..., Tensor], tuple[nn.Parameter, ...]]:
+    """A normalizer as a function of rows and of its own parameters, and these."""
+    unhooked = _Unhooked(normalizer)
+    names = [name for name, _ in unhooked.named_parameters()]
+
+    def rows(scores: Tensor, keep: Tensor | None, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(unhooked, dict(zip(names, values)), (scores, -1, keep))
+
+    return rows, tuple(unhooked.parameters())
 
 
 def _as_autocast_wants(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -335,16 +326,6 @@ class _Unhooked(nn.Module):
 
     def forward(self, *args: Any) -> Tensor:
         return self.normalizer.forward(*args)
-
-
-def _in_tiles(q: Tensor, k: Tensor, mask: Tensor | None, sinks: Tensor | None, weights_wanted: bool) -> bool:
-    """Whether a normalizer other than MultiMax runs in tiles, which bound the memory."""
-    # a finite additive mask would have to come between the normalizer's two steps
-    possible = not weights_wanted and sinks is None and (mask is None or mask.dtype == torch.bool)
-    possible = possible and not differentiated_by_functions()
-    if current_backend() == "tiled":
-        return possible
-    return possible and current_backend() == "auto" and not exporting() and not tiles_are_slower(q, k)
 
 
 def _weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:

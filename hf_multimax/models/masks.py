@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
@@ -29,7 +30,20 @@ def attention_mask(*args: Any, **kwargs: Any) -> Any:
         return eager_mask(*args, **kwargs)
     if kind == FULL:
         kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, **kwargs)
+    mask = sdpa_mask(*args, **kwargs)
+    window = kwargs.get("local_size")
+    # allowed to be skipped: nothing was added to the causal window that would reach beyond it
+    if mask is not None and window is not None and kwargs.get("allow_is_causal_skip") and _is_square(**kwargs):
+        mask._multimax_window = window
+    return mask
+
+
+def _is_square(
+    q_length: Any = None, kv_length: Any = None, q_offset: Any = 0, kv_offset: Any = 0, **kwargs: Any
+) -> bool:
+    """Whether a mask is of a whole sequence, without a cache, outside of compiled code, which notes nothing."""
+    numbers = (q_length, kv_length, q_offset, kv_offset)
+    return not torch.compiler.is_compiling() and numbers == (q_length, q_length, 0, 0) and isinstance(q_length, int)
 
 
 def mask_kinds(

@@ -166,9 +166,9 @@ class spied:
     def __enter__(self) -> None:
         self.original = tiled.attention
 
-        def attention(q, k, v, ranges, ts, **options):
-            self.seen.update({f"q {q.dtype}", f"ranges {ranges.dtype}", f"ts {ts.dtype}"})
-            return self.original(q, k, v, ranges, ts, **options)
+        def attention(call):
+            self.seen.update(f"{name} {getattr(call, name).dtype}" for name in ("q", "ranges", "ts"))
+            return self.original(call)
 
         tiled.attention = attention
 

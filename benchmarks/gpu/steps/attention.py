@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks.attention import SDPA, Shape, both_passes, forward_pass, measure, peak_memory, scalars, softmax
 from benchmarks.common import paired_timing
 from benchmarks.gpu.cases import Case, Settings
+from hf_multimax.attention.call import make_call
 from hf_multimax.attention.triton.backend import attention
 
 __all__ = ["cases", "roof"]
@@ -111,7 +112,7 @@ def roof(row: dict[str, object], shape: Shape, settings: Settings) -> dict[str, 
 
 def _call(shape: Shape, make: Callable[..., Callable[[], object]], settings: Settings) -> Callable[[], object]:
     tensors = (*shape.tensors(settings.device), *scalars(settings.device))
-    return make(lambda *x: attention(*x, causal=shape.causal), tensors)
+    return make(lambda *x: attention(make_call(*x, causal=shape.causal)), tensors)
 
 
 _counted: dict[str, float] = {}

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu.cases import Case, Settings
 from benchmarks.gpu.steps import correctness_models, correctness_runtime
-from hf_multimax.attention.triton.backend import attention
+from hf_multimax.attention.triton import backend
 from tests import attention_cases, cross_entropy_cases, triton_checks
 from tests.attention_cases import Case as Call
 from tests.triton_checks import CHECKS
@@ -40,10 +40,6 @@ PEAKED = [
 ]
 #: checks that are small for the interpreter, over several tiles
 LARGE: dict[str, Callable[[], object]] = {
-    **{
-        f"packed sequences to 300, {name}": functools.partial(triton_checks.packed_sequences, features, 300)
-        for name, features in {"plain": {}, "causal": CAUSAL, "banded": {**CAUSAL, "window": 150}}.items()
-    },
     "dropout is the same in backward, 300 x 250": functools.partial(
         triton_checks.dropout_is_the_same_in_backward, (1, 2, 1, 300, 250)
     ),
@@ -113,9 +109,9 @@ def _check(dtype: torch.dtype, *calls: Call) -> Callable[[], None]:
     def check() -> None:
         for call in calls:
             if dtype == torch.float32:
-                attention_cases.check(attention, call)
+                attention_cases.check(attention_cases.through(backend), call)
             else:
-                attention_cases.check_half(attention, call, dtype)
+                attention_cases.check_half(attention_cases.through(backend), call, dtype)
 
     return check
 

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from benchmarks.gpu.cases import Settings, Skipped
 from hf_multimax import multimax_linear_cross_entropy
-from hf_multimax.attention.triton.backend import attention
+from hf_multimax.attention.triton import backend
 from tests import cross_entropy_cases
 from tests.attention_cases import Case as Call
-from tests.attention_cases import check, run
+from tests.attention_cases import check, run, through
 from tests.triton_checks import assert_equal, compiles_as_one_graph
 
 __all__ = ["checks"]
+
+attention = through(backend)
 
 
 def checks(settings: Settings) -> dict[str, Callable[[], object]]:

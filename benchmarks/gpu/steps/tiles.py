@@ -13,6 +13,7 @@ from benchmarks.attention import Shape, scalars
 from benchmarks.common import paired_timing
 from benchmarks.gpu.cases import Case, Settings, described
 from benchmarks.instructions import recorded_launches
+from hf_multimax.attention.call import make_call
 from hf_multimax.attention.triton import launch as triton_launch
 from hf_multimax.attention.triton.backend import attention
 from hf_multimax.attention.triton.launch import Tile
@@ -121,11 +122,11 @@ def _training(kernel: str, width: int, dtype: str, settings: Settings) -> Callab
 
     def forward() -> list[Tensor]:
         with torch.no_grad():
-            return [attention(*leaves, causal=True)]
+            return [attention(make_call(*leaves, causal=True))]
 
     if kernel == "forward":
         return forward
-    out = attention(*leaves, causal=True)
+    out = attention(make_call(*leaves, causal=True))
     grad = torch.randn_like(out)
     return lambda: list(torch.autograd.grad(out, leaves, grad, retain_graph=True))
 
@@ -138,6 +139,6 @@ def _decoding(width: int, dtype: str, settings: Settings) -> Callable[[], list[T
 
     def forward() -> list[Tensor]:
         with torch.no_grad():
-            return [attention(*tensors)]
+            return [attention(make_call(*tensors))]
 
     return forward

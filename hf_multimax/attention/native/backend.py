@@ -4,15 +4,15 @@
 only. Its threads are those of PyTorch's OpenMP runtime.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_multimax.attention.arguments import LARGEST_WINDOW, Affine, check_arguments, dropout_seed
-from hf_multimax.attention.context import refuse_second_derivative
-from hf_multimax.attention.native.call import TYPES, Call, dense_rows
-from hf_multimax.attention.operators import DIFFERENTIABLE, LIBRARY, define_operator, fake_gradients, fitted
+from hf_multimax.attention.call import Call, seeded
+from hf_multimax.attention.native.packed import TYPES, Packed, dense_rows
+from hf_multimax.attention.operators import define_backward, define_forward, fitted, gradients, keep, register_gradient
 from hf_multimax.extension.library import load
 
 __all__ = ["attention", "available", "reason", "unsupported"]
@@ -24,45 +24,17 @@ ROW_BLOCK, SMALLEST_ROW_BLOCK, ROW_STEP = 240, 16, 24
 SMALLEST_SPLIT = 256
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    ts: Tensor,
-    *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    affine: Affine | None = None,
-    dropout_p: float = 0.0,
-    causal: bool = False,
-    window: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """MultiMax attention on a CPU; arguments and result as for :func:`hf_multimax.attention.tiled.backend.attention`.
-
-    Computes in float32 for float32, bfloat16 and float16 storage. Scores exist in blocks only.
+def attention(call: Call) -> Tensor:
+    """The call, computed in float32 for float32, bfloat16 and float16 storage; scores exist in blocks only.
 
     Raises:
-        ValueError, TypeError: as ``tiled.attention``; ValueError for a feature that :func:`unsupported` names.
         RuntimeError: if the extension could not be built; the text says why.
     """
-    check_arguments(q, k, v, ranges, ts, mask, bias, affine, dropout_p, causal, window, softcap, sinks)
-    missing = unsupported(q, k, v, ranges, ts, mask=mask, bias=bias)
-    if missing:
-        raise ValueError(f"the native backend does not support {missing}; use backend('tiled') or backend('auto')")
-    affine_scale, affine_shift = affine or (None, None)
-    tensors = (q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    window, softcap = -1 if window is None else min(window, LARGEST_WINDOW), 0.0 if softcap is None else softcap
-    seed = dropout_seed(dropout_p)
-    arguments = (*tensors, seed, dropout_p, causal, window, scale, softcap)
-    unseen = _unseen(q, k, v)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _Attention.apply(*arguments) if unseen else _training_op(*arguments)[0]
-    return _inference(*arguments) if unseen else _inference_op(*arguments)
+    call = seeded(call)
+    unseen = _unseen(call.q, call.k, call.v)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.differentiable):
+        return _Attention.apply(*call) if unseen else _training_op(*call)[0]
+    return _inference(*call) if unseen else _inference_op(*call)
 
 
 def _unseen(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -82,23 +54,14 @@ def _unseen(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def unsupported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    ts: Tensor,
-    *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    **features: object,
-) -> str | None:
+def unsupported(call: Call) -> str | None:
     """The first feature of this call that the backend lacks, None where it has them all."""
+    q, mask, bias = call.q, call.mask, call.bias
     if not q.is_cpu:
         return f"tensors on {q.device.type}"
     if q.dtype not in TYPES:
         return f"{q.dtype} inputs"
-    if ranges.shape[-1] > 2 * MAX_ORDER:
+    if call.ranges.shape[-1] > 2 * MAX_ORDER:
         return f"orders above {MAX_ORDER}"
     if mask is not None and mask.dtype not in TYPES:
         return f"a mask of type {mask.dtype}"
@@ -107,7 +70,7 @@ def unsupported(
     # asked without gradients too: a forward pass under no_grad may be a checkpointed one, whose choice must not change
     if mask is not None and mask.requires_grad:
         return "a gradient for the mask"
-    if bias is not None and bias.requires_grad and bias.shape[-1:] != k.shape[2:3]:
+    if bias is not None and bias.requires_grad and bias.shape[-1:] != call.k.shape[2:3]:
         return "a gradient for a bias that is broadcast over the keys"
     return None
 
@@ -145,71 +108,35 @@ def _merge_splits(partial: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     return (partial * shares.unsqueeze(-1)).sum(0), torch.stack((top[0], total, peaks.gather(0, best)[0]))
 
 
-def _inference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    ts: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    affine_scale: Tensor | None,
-    affine_shift: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    causal: bool,
-    window: int,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    out = v.new_empty((*q.shape[:3], v.shape[3]))
-    call = Call(q, k, v, ranges, ts)
-    call.features(mask, bias, affine_scale, affine_shift, sinks, seed, dropout_p, causal, window, scale, softcap)
-    _run_forward(call, out, None, None)
+def _inference(*arguments: Any) -> Tensor:
+    call = Call(*arguments)
+    out = _output(call)
+    _run_forward(Packed(call), out, None, None)
     return out
 
 
-def _training(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    ts: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    affine_scale: Tensor | None,
-    affine_shift: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    causal: bool,
-    window: int,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, out32, stats = _outputs(q, v)
-    call = Call(q, k, v, ranges, ts)
-    call.features(mask, bias, affine_scale, affine_shift, sinks, seed, dropout_p, causal, window, scale, softcap)
-    _run_forward(call, out, out32 if out32.numel() else None, stats)
+def _training(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(*arguments)
+    out, out32, stats = _outputs(call)
+    _run_forward(Packed(call), out, out32 if out32.numel() else None, stats)
     return out, out32, stats
 
 
-def _run_forward(call: Call, out: Tensor, out32: Tensor | None, stats: Tensor | None) -> None:
+def _run_forward(packed: Packed, out: Tensor, out32: Tensor | None, stats: Tensor | None) -> None:
     """Compute the result and, where given, its float32 copy and the rows' statistics."""
     if not out.numel():
         return
-    row_block, splits = _forward_split(call.batch, call.heads, call.rows, call.keys, call.threads)
-    call.set(row_block=row_block, splits=splits)
-    call.views(out=out)
+    row_block, splits = _forward_split(packed.batch, packed.heads, packed.rows, packed.keys, packed.threads)
+    packed.set(row_block=row_block, splits=splits)
+    packed.views(out=out)
     if splits > 1:
         partial = out.new_empty((splits, *out.shape), dtype=torch.float32)
         partial_stats = out.new_empty((3, splits, *out.shape[:3]), dtype=torch.float32)
-        call.pointers(out32=partial)
-        call.statistics(partial_stats)
+        packed.pointers(out32=partial)
+        packed.statistics(partial_stats)
         if stats is None:
-            call.set(peak=0)
-        call.run("forward")
+            packed.set(peak=0)
+        packed.run("forward")
         merged, merged_stats = _merge_splits(partial, partial_stats)
         out.copy_(merged)
         if out32 is not None:
@@ -218,113 +145,57 @@ def _run_forward(call: Call, out: Tensor, out32: Tensor | None, stats: Tensor | 
             stats.copy_(merged_stats)
         return
     if stats is not None:
-        call.statistics(stats)
+        packed.statistics(stats)
     if out32 is not None:
-        call.pointers(out32=out32)
-    call.run("forward")
+        packed.pointers(out32=out32)
+    packed.run("forward")
 
 
-def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _output(call: Call) -> Tensor:
+    return call.v.new_empty((*call.q.shape[:3], call.v.shape[3]))
+
+
+def _outputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(result, its float32 copy or nothing, ``[3, B, H, Nq]`` statistics of every row).
 
     The copy is there because a rounded result would spoil the gradients of the scalars.
     """
-    shape = (*q.shape[:3], v.shape[3])
-    copy = shape if v.dtype != torch.float32 else (0,)
-    return (
-        torch.empty(shape, dtype=v.dtype, device=v.device),
-        torch.empty(copy, dtype=torch.float32, device=v.device),
-        torch.empty((3, *q.shape[:3]), dtype=torch.float32, device=v.device),
-    )
-
-
-def _fake_inference(q, k, v, *rest):
-    return v.new_empty((*q.shape[:3], v.shape[3]))
-
-
-def _fake_training(q, k, v, *rest):
-    return _outputs(q, v)
+    out = _output(call)
+    copy = out.shape if out.dtype != torch.float32 else (0,)
+    stats = (3, *out.shape[:3])
+    return out, *(torch.empty(shape, dtype=torch.float32, device=out.device) for shape in (copy, stats))
 
 
 def _compute_gradients(
-    grad_out: Tensor,
-    out32: Tensor,
-    stats: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    ts: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    affine_scale: Tensor | None,
-    affine_shift: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    causal: bool,
-    window: int,
-    scale: float,
-    softcap: float,
-    needed: Sequence[bool],
+    grad_out: Tensor, out32: Tensor, stats: Tensor, call: Call, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of the operators' differentiable arguments, None for those that need none."""
-    inputs = (q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks)
+    """The gradients of a call's differentiable tensors, None for those that need none."""
+    q, k, v, bias = call.q, call.k, call.v, call.bias
     if not grad_out.numel() or not k.numel():
-        return [torch.zeros_like(x) if wanted and x is not None else None for x, wanted in zip(inputs, needed)]
-    call = Call(q, k, v, ranges, ts)
-    call.features(mask, bias, affine_scale, affine_shift, sinks, seed, dropout_p, causal, window, scale, softcap)
-    splits = _backward_splits(q, k, bias if needed[6] else None, call.threads)
-    call.set(splits=splits)
+        return fitted([x if x is None else torch.zeros_like(x) for x in call.differentiable], call, needed)
+    wanted = dict(zip(Call._fields, needed))
+    packed = Packed(call)
+    splits = _backward_splits(q, k, bias if wanted["bias"] else None, packed.threads)
+    packed.set(splits=splits)
     grad_q = q.new_zeros(q.shape if splits == 1 else (splits, *q.shape), dtype=torch.float32)
     grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
     delta = q.new_empty(q.shape[:3], dtype=torch.float32)
-    call.views(grad_out=dense_rows(grad_out), grad_k=grad_k, grad_v=grad_v)
-    call.pointers(out32=out32, delta=delta, grad_q=grad_q)
-    call.statistics(stats)
+    packed.views(grad_out=dense_rows(grad_out), grad_k=grad_k, grad_v=grad_v)
+    packed.pointers(out32=out32, delta=delta, grad_q=grad_q)
+    packed.statistics(stats)
     grad_ranges = grad_ts = grad_affine = grad_bias = None
-    if needed[3] or needed[4] or needed[7] or needed[8]:
-        grad_ranges, grad_ts, grad_affine = call.scalar_gradients()
-    if needed[6] and bias is not None:
+    if wanted["ranges"] or wanted["ts"] or wanted["affine_scale"] or wanted["affine_shift"]:
+        grad_ranges, grad_ts, grad_affine = packed.scalar_gradients()
+    if wanted["bias"] and bias is not None:
         grad_bias = bias.new_zeros(bias.shape, dtype=torch.float32)
-        call.grad_bias(grad_bias)
-    call.run("backward")
-    # apart, as what an operator returns must not share memory
-    grad_scale, grad_shift = (None, None) if grad_affine is None else (x.clone() for x in grad_affine.unbind(-1))
+        packed.grad_bias(grad_bias)
+    packed.run("backward")
+    grad_scale, grad_shift = (None, None) if grad_affine is None else grad_affine.unbind(-1)
     found = (
         grad_q if splits == 1 else grad_q.sum(0), grad_k, grad_v, grad_ranges, grad_ts, None, grad_bias, grad_scale,
-        grad_shift, _sink_gradient(sinks, stats, delta),
+        grad_shift, _sink_gradient(call.sinks, stats, delta),
     )  # fmt: skip
-    return [fitted(grad, x) if wanted and x is not None else None for grad, x, wanted in zip(found, inputs, needed)]
-
-
-def _backward(
-    grad_out: Tensor,
-    out32: Tensor,
-    stats: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    ts: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    affine_scale: Tensor | None,
-    affine_shift: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    causal: bool,
-    window: int,
-    scale: float,
-    softcap: float,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    found = _compute_gradients(
-        grad_out, out32, stats, q, k, v, ranges, ts, mask, bias, affine_scale, affine_shift, sinks, seed, dropout_p,
-        causal, window, scale, softcap, needed,
-    )  # fmt: skip
-    return [q.new_empty(0) if grad is None else grad for grad in found]
+    return fitted(found, call, needed)
 
 
 def _backward_splits(q: Tensor, k: Tensor, bias: Tensor | None, threads: int) -> int:
@@ -347,46 +218,28 @@ def _sink_gradient(sinks: Tensor | None, stats: Tensor, delta: Tensor) -> Tensor
     return -(share * delta).sum((0, 2))
 
 
-def _fake_backward(grad_out, out32, stats, *rest):
-    return fake_gradients(rest[:DIFFERENTIABLE], rest[-1])
-
-
-def _save(ctx, inputs, output) -> None:
-    tensors, ctx.options = inputs[: DIFFERENTIABLE + 1], inputs[DIFFERENTIABLE + 1 :]
+def _saved(output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     out, out32, stats = output
-    ctx.save_for_backward(out32 if out32.numel() else out, stats, *tensors)
-
-
-def _differentiate(ctx, grad_out: Tensor, _grad_out32: Tensor, _grad_stats: Tensor):
-    refuse_second_derivative("native")
-    return _gradients(ctx, grad_out, _backward_op)
-
-
-def _gradients(ctx, grad_out: Tensor, backward: Callable[..., Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:DIFFERENTIABLE])
-    grads = backward(grad_out, *ctx.saved_tensors, *ctx.options, needed)
-    absent = [None] * (1 + len(ctx.options))
-    return *(grad if wanted else None for grad, wanted in zip(grads, needed)), *absent
+    return out32 if out32.numel() else out, stats
 
 
 class _Attention(torch.autograd.Function):
     """The training operator without the dispatcher, whose share of a short call is as large as the work itself."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _training(*inputs)
-        _save(ctx, inputs, output)
+    def forward(ctx, *call):
+        output = _training(*call)
+        keep(ctx, Call(*call), _saved(output))
         return output[0]
 
     @staticmethod
     def backward(ctx, grad_out):
-        refuse_second_derivative("native")
-        return _gradients(ctx, grad_out, _compute_gradients)
+        return gradients(ctx, "native", grad_out, _compute_gradients)
 
 
-_inference_op = define_operator("native_attention", _inference, _fake_inference, "CPU")
-_training_op = define_operator("native_attention_training", _training, _fake_training, "CPU")
-_backward_op = define_operator("native_attention_backward", _backward, _fake_backward, "CPU")
-torch.library.register_autograd(
-    "hf_multimax::native_attention_training", _differentiate, setup_context=_save, lib=LIBRARY
+_inference_op = define_forward("native_attention", "Tensor", _inference, lambda *call: _output(Call(*call)), "CPU")
+_training_op = define_forward(
+    "native_attention_training", "(Tensor, Tensor, Tensor)", _training, lambda *call: _outputs(Call(*call)), "CPU"
 )
+_backward_op = define_backward("native_attention_backward", ["grad_out", "out32", "stats"], _compute_gradients, "CPU")
+register_gradient("native_attention_training", "native", lambda call, output: _saved(output), _backward_op)

@@ -53,14 +53,19 @@ class Gradients:
     mask: Tensor | None
 
 
-def run_backward(problem: Problem, rows: Rows, grad_out: Tensor, bias: Tensor | None, mask: Tensor | None) -> Gradients:
-    """Recompute every tile and push ``grad_out`` through it; ``bias`` and ``mask`` are given where wanted."""
+def run_backward(problem: Problem, rows: Rows, grad_out: Tensor, bias: bool, mask: bool) -> Gradients:
+    """Recompute every tile and push ``grad_out`` through it; gradients of ``bias`` and ``mask`` where wanted."""
+    call = problem.call
+
+    def zeros(x: Tensor, wanted: bool) -> Tensor | None:
+        return torch.zeros(x.shape, dtype=problem.dtype, device=x.device) if wanted else None
+
     grads = Gradients(
         q=torch.empty(problem.q.shape, dtype=problem.q.dtype, device=problem.q.device),
         k=torch.zeros_like(problem.k),
         v=torch.zeros_like(problem.v),
-        bias=None if bias is None else torch.zeros(bias.shape, dtype=problem.dtype, device=bias.device),
-        mask=None if mask is None else torch.zeros(mask.shape, dtype=problem.dtype, device=mask.device),
+        bias=zeros(call.bias, bias),
+        mask=zeros(call.mask, mask),
     )
     with without_autocast(problem.q.device):
         for tile in problem.tiles:
@@ -69,7 +74,7 @@ def run_backward(problem: Problem, rows: Rows, grad_out: Tensor, bias: Tensor | 
 
 
 def _backward_tile(problem: Problem, rows: Rows, tile: Tile, grad_out: Tensor, grads: Gradients) -> None:
-    scores, options = problem.scores(tile, keep_capped=True), problem.options
+    scores, call = problem.scores(tile, keep_capped=True), problem.call
     p = rows.forward(problem, tile, scores, differentiate=True)
     q, do = problem.queries(problem.q, tile), problem.queries(grad_out, tile)
     grad = problem.product(do, problem.keys(problem.v, tile), "gradient", tile)
@@ -82,11 +87,11 @@ def _backward_tile(problem: Problem, rows: Rows, tile: Tile, grad_out: Tensor, g
     _add_reduced(grads.mask, grad_added, tile)
     _add_reduced(grads.bias, grad, tile)
     if scores.capped is not None:
-        grad = grad.mul(1.0 - (scores.capped / options.softcap).square_())
+        grad = grad.mul(1.0 - (scores.capped / call.softcap).square_())
     grad = _per_kv_head(grad, tile)
     where = grads.q[tile.batch, tile.heads, tile.rows]
-    where.copy_(torch.bmm(grad, problem.keys(problem.k, tile)).mul_(options.scale).view(where.shape))
-    _add_product(grads.k, tile, grad.mT, q, options.scale)
+    where.copy_(torch.bmm(grad, problem.keys(problem.k, tile)).mul_(call.scale).view(where.shape))
+    _add_product(grads.k, tile, grad.mT, q, call.scale)
 
 
 def _add_product(into: Tensor, tile: Tile, x: Tensor, y: Tensor, alpha: float) -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_multimax.attention.call import Call
 from hf_multimax.attention.tiled.modulation import finite_up_to, largest_base
-from hf_multimax.attention.tiled.tiles import MINUS_INFINITY, Problem, Scores, Tile
+from hf_multimax.attention.tiled.tiles import MINUS_INFINITY, Problem, Scores, Tile, computed_in
 
 __all__ = ["AutogradRows", "MultiMaxRows", "RowFunction"]
 
@@ -17,14 +18,13 @@ RowFunction = Callable[..., Tensor]
 class MultiMaxRows:
     """``softmax(sigma(scores))`` in place, with gradients for the scalars summed in float64."""
 
-    def __init__(
-        self, ranges: Tensor, ts: Tensor, scale: Tensor | None, shift: Tensor | None, sinks: Tensor | None,
-        heads: int, dtype: torch.dtype, want_scalars: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, call: Call, scalars: bool = False) -> None:
+        ranges, ts, heads, dtype = call.ranges, call.ts, call.q.shape[1], computed_in(call.q.dtype)
         self._terms = _terms(ranges.to(dtype), ts.to(dtype))
-        self.regular = finite_up_to(ranges.to(dtype), ts.to(dtype), scale, shift)
+        self.regular = finite_up_to(ranges.to(dtype), ts.to(dtype), call.affine_scale, call.affine_shift)
         self.scale, self.shift, self.sinks = (
-            None if x is None else x.to(dtype).reshape(-1, 1, 1) for x in (scale, shift, sinks)
+            None if x is None else x.to(dtype).reshape(-1, 1, 1)
+            for x in (call.affine_scale, call.affine_shift, call.sinks)
         )
         # per head, the sums of g f(u) over the terms that :meth:`_through_sigma` lists, for ranges and for ts
         self._sums = torch.zeros(2, ranges.shape[-1], heads, dtype=torch.float64, device=ranges.device)
@@ -32,7 +32,7 @@ class MultiMaxRows:
         self.grad_scale, self.grad_shift, self.grad_sinks = (
             torch.zeros(heads, dtype=torch.float64, device=ranges.device) for _ in range(3)
         )
-        self.want_scalars = want_scalars
+        self.want_scalars = scalars
         self._sink_share: Tensor | None = None
 
     @property
@@ -48,7 +48,7 @@ class MultiMaxRows:
         return self._sums[1].T
 
     def forward(self, problem: Problem, tile: Tile, scores: Scores, differentiate: bool) -> Tensor:
-        """See :class:`Rows`. The scores are left as sigma saw them."""
+        """See :class:`hf_multimax.attention.tiled.passes.Rows`. The scores are left as sigma saw them."""
         x, out = scores.values, problem.buffer("probabilities", tile)
         self._dead = self._plain = None
         if scores.irregular:
@@ -99,7 +99,7 @@ class MultiMaxRows:
     def backward(
         self, problem: Problem, tile: Tile, scores: Scores, probabilities: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See :class:`Rows`."""
+        """See :class:`hf_multimax.attention.tiled.passes.Rows`."""
         g, p = problem.buffer("scratch", tile), probabilities
         if self._sink_share is not None:
             delta = torch.mul(p, grad, out=g).sum(-1, keepdim=True)
@@ -230,7 +230,7 @@ class AutogradRows:
         self._graph: tuple[Tensor, Tensor] | None = None
 
     def forward(self, problem: Problem, tile: Tile, scores: Scores, differentiate: bool) -> Tensor:
-        """See :class:`Rows`."""
+        """See :class:`hf_multimax.attention.tiled.passes.Rows`."""
         x = scores.values if scores.added is None else scores.values + scores.added
         if not differentiate:
             return self.function(x, scores.all_kept, *self.parameters)
@@ -242,7 +242,7 @@ class AutogradRows:
     def backward(
         self, problem: Problem, tile: Tile, scores: Scores, probabilities: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See :class:`Rows`."""
+        """See :class:`hf_multimax.attention.tiled.passes.Rows`."""
         x, p = self._graph
         wanted = [x, *(parameter for parameter in self.parameters if parameter.requires_grad)]
         grad_x, *rest = torch.autograd.grad(p, wanted, grad, allow_unused=True, materialize_grads=True)

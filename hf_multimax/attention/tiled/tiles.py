@@ -11,7 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Options", "Problem", "Scores", "Tile", "computed_in", "length", "plan_tiles"]
+from hf_multimax.attention.call import Call
+
+__all__ = ["Problem", "Scores", "Tile", "computed_in", "length", "plan_tiles"]
 
 #: scores in a tile: three such buffers of float32 (five in the backward pass) stay in a processor's outer cache
 TILE_ELEMENTS = 1 << 19
@@ -22,17 +24,6 @@ CAUSAL_ROWS = 128
 #: scores below this are no masked entries
 REGULAR = 1e6
 MINUS_INFINITY = float("-inf")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The plain numbers of a call; window -1 and softcap 0 mean none."""
-
-    dropout_p: float
-    causal: bool
-    window: int
-    scale: float
-    softcap: float
 
 
 @dataclass(frozen=True)
@@ -57,14 +48,13 @@ class Tile:
         return tuple(length(axis) for axis in self.scores)
 
 
-def plan_tiles(
-    batch: int, heads: int, kv_heads: int, rows: int, keys: int, options: Options, whole_heads: bool
-) -> Iterator[Tile]:
+def plan_tiles(call: Call, whole_heads: bool) -> Iterator[Tile]:
     """The tiles of a call: a function of its shapes alone, so that forward and backward drop the same weights."""
+    (batch, heads, rows, _), (_, kv_heads, keys, _) = call.q.shape, call.k.shape
     if not batch * heads * kv_heads * rows * keys:
         return
-    group, banded = heads // kv_heads, options.causal or options.window >= 0
-    height = min(rows, CAUSAL_ROWS) if banded else rows
+    group = heads // kv_heads
+    height = min(rows, CAUSAL_ROWS) if call.banded else rows
     kv_step = kv_heads
     if not whole_heads:
         kv_step = min(kv_heads, max(1, TILE_ELEMENTS // (group * height * keys)))
@@ -77,11 +67,11 @@ def plan_tiles(
             for row in range(0, rows, height):
                 row_end = min(row + height, rows)
                 first, last = 0, keys
-                if options.causal:
+                if call.causal:
                     last = row_end + shift
-                if options.window >= 0:
-                    first = max(0, row + shift - options.window + 1)
-                    last = min(last, row_end - 1 + shift + options.window)
+                if call.window >= 0:
+                    first = max(0, row + shift - call.window + 1)
+                    last = min(last, row_end - 1 + shift + call.window)
                 yield Tile(
                     index,
                     slice(b, min(b + batch_step, batch)),
@@ -136,22 +126,19 @@ def _hide(x: Tensor, keep: Tensor, irregular: bool) -> None:
 class Problem:
     """The inputs of a call in the type it is computed in, tile by tile."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-        options: Options, whole_heads: bool, regular: float = REGULAR,
-    ) -> None:  # fmt: skip
-        self.dtype = computed_in(q.dtype)
-        self.q, self.k, self.v = q, _contiguous(k, self.dtype), _contiguous(v, self.dtype)
-        self.shape = (*q.shape[:3], k.shape[2])
+    def __init__(self, call: Call, whole_heads: bool = False, regular: float = REGULAR) -> None:
+        q, mask, bias = call.q, call.mask, call.bias
+        self.call, self.dtype = call, computed_in(q.dtype)
+        self.q, self.k, self.v = q, _contiguous(call.k, self.dtype), _contiguous(call.v, self.dtype)
+        self.shape = (*q.shape[:3], self.k.shape[2])
         self.mask, self.bias = _four_dimensional(mask), _four_dimensional(bias)
-        self.seed = None if seed is None else int(seed)
-        self.options = options
-        self.tiles = list(plan_tiles(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], options, whole_heads))
+        self.seed = None if call.seed is None else int(call.seed)
+        self.tiles = list(plan_tiles(call, whole_heads))
         self._largest = max((math.prod(tile.shape) for tile in self.tiles), default=0)
         self._buffers: dict[str, Tensor] = {}
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         # where the inputs alone bound the scores, no tile need be asked
-        bound = _magnitude(q) * _magnitude(self.k) * q.shape[3] * abs(options.scale)
+        bound = _magnitude(q) * _magnitude(self.k) * q.shape[3] * abs(call.scale)
         self._limit = min(regular, REGULAR)
         self._regular = bound + (0.0 if bias is None else _magnitude(bias)) < self._limit
         self._nan_mask = mask is not None and mask.is_floating_point() and math.isnan(_magnitude(mask))
@@ -187,9 +174,9 @@ class Problem:
     def scores(self, tile: Tile, keep_capped: bool) -> Scores:
         """The tile's scores before the modulation."""
         q, k = self.queries(self.q, tile), self.keys(self.k, tile)
-        values, capped = self.product(q, k, "scores", tile, self.options.scale), None
-        if self.options.softcap:
-            values.div_(self.options.softcap).tanh_().mul_(self.options.softcap)
+        values, capped = self.product(q, k, "scores", tile, self.call.scale), None
+        if self.call.softcap:
+            values.div_(self.call.softcap).tanh_().mul_(self.call.softcap)
             capped = values.clone() if keep_capped else None
         if self.bias is not None:
             values.add_(_part(self.bias, tile))
@@ -208,8 +195,8 @@ class Problem:
 
     def _band(self, tile: Tile) -> tuple[slice, Tensor] | None:
         """Columns of the tile, and which of them causality and the window leave to each row; None for all of them."""
-        causal, window = self.options.causal, self.options.window
-        if not causal and window < 0:
+        causal, window = self.call.causal, self.call.window
+        if not self.call.banded:
             return None
         device, shift = self.q.device, self.shape[3] - self.shape[2]
         # without a window, the keys up to the first row's last one are seen by all
@@ -224,7 +211,7 @@ class Problem:
         if self.seed is None:
             return None
         generator = torch.Generator(self.q.device).manual_seed((self.seed + 0x9E3779B9 * tile.index) % (1 << 62))
-        kept = 1.0 - self.options.dropout_p
+        kept = 1.0 - self.call.dropout_p
         return self.buffer("dropout", tile).bernoulli_(kept, generator=generator).div_(kept)
 
 

@@ -21,11 +21,9 @@ from hf_multimax.attention.triton.common import (
     load_modulator,
     load_norm,
     load_rows,
-    maybe_head_base,
     probabilities,
     query_bounds,
     scalar_moments,
-    span,
     store_rows,
     zero_sums,
 )
@@ -75,8 +73,6 @@ def dq_kernel(
     mask,
     bias,
     seed,
-    cu_q,
-    cu_k,
     s_q,
     s_k,
     s_v,
@@ -126,33 +122,27 @@ def dq_kernel(
     block = pid % blocks
     if CAUSAL:
         block = blocks - 1 - block  # the longest rows first
-    first_row, n_rows = span(cu_q, batch, n_rows)
-    first_col, n_cols = span(cu_k, batch, n_cols)
     m0 = block * BLOCK_M
-    if m0 >= n_rows:
-        return
-    k = head_base(k, s_k, batch, head // group, first_col, cu_k)
-    v = head_base(v, s_v, batch, head // group, first_col, cu_k)
-    if mask is not None:
-        mask = head_base(mask, s_mask, batch, head, 0, None)
-    if bias is not None:
-        bias = head_base(bias, s_bias, batch, head, 0, None)
+    k = head_base(k, s_k, batch, head // group)
+    v = head_base(v, s_v, batch, head // group)
+    mask = head_base(mask, s_mask, batch, head)
+    bias = head_base(bias, s_bias, batch, head)
     modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
     affine = load_affine(affine_scale, affine_shift, head, s_head)
 
     rows = m0 + tl.arange(0, BLOCK_M)
-    q_base = head_base(q, s_q, batch, head, first_row, cu_q)
+    q_base = head_base(q, s_q, batch, head)
     q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
-    o_base = head_base(o, s_o, batch, head, first_row, cu_q)
+    o_base = head_base(o, s_o, batch, head)
     o_tile = load_rows(o_base, m0, n_rows, s_o, BLOCK_M, DV, BLOCK_DV, True)
-    do_base = head_base(do, s_do, batch, head, first_row, cu_q)
+    do_base = head_base(do, s_do, batch, head)
     do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
-    peaks = maybe_head_base(peaks, s_row, batch, head, first_row, cu_q)
-    totals = head_base(totals, s_row, batch, head, first_row, cu_q)
+    peaks = head_base(peaks, s_row, batch, head)
+    totals = head_base(totals, s_row, batch, head)
     norm = load_norm(peaks, totals, rows, n_rows)
     output = o_tile.to(tl.float32)
     if residual is not None:
-        residual = maybe_head_base(residual, s_o, batch, head, first_row, cu_q)
+        residual = head_base(residual, s_o, batch, head)
         output += load_rows(residual, m0, n_rows, s_o, BLOCK_M, DV, BLOCK_DV, True).to(tl.float32)
     row_delta = tl.sum(output * do_tile.to(tl.float32), 1)
 
@@ -220,11 +210,11 @@ def dq_kernel(
                             lever += dot(p * slope, k_tile, UPCAST)
             true_delta = excess + row_delta * kept
 
-    delta = head_base(delta, s_row, batch, head, first_row, cu_q)
+    delta = head_base(delta, s_row, batch, head)
     tl.store(delta + rows, true_delta, mask=rows < n_rows)
     if EXACT:
         acc -= (true_delta - row_delta).to(tl.float32)[:, None] * lever
-    dq_base = head_base(dq, s_dq, batch, head, first_row, cu_q)
+    dq_base = head_base(dq, s_dq, batch, head)
     store_rows(dq_base, m0, n_rows, s_dq, acc * scale, BLOCK_M, D, BLOCK_D)
 
 
@@ -247,8 +237,6 @@ def dkdv_kernel(
     mask,
     bias,
     seed,
-    cu_q,
-    cu_k,
     s_q,
     s_k,
     s_v,
@@ -285,7 +273,7 @@ def dkdv_kernel(
 ):
     """One program per tile of keys of one key head, over the queries of every head of its group.
 
-    Unless ``partial`` [sequences, H, blocks, 4N (+ 2)] is None, each head's share of the scalar gradients goes there.
+    Unless ``partial`` [B, H, blocks, 4N (+ 2)] is None, each head's share of the scalar gradients goes there.
     Those cancel along rows but are summed along columns: in float64 where the inputs are float32.
     Tiles are held transposed, [keys, queries], so that neither product needs its left operand turned.
     """
@@ -297,14 +285,10 @@ def dkdv_kernel(
     pair = pid // blocks
     key_heads = heads // group
     batch, key_head = pair // key_heads, pair % key_heads
-    first_row, n_rows = span(cu_q, batch, n_rows)
-    first_col, n_cols = span(cu_k, batch, n_cols)
     n0 = pid % blocks * BLOCK_N
-    if n0 >= n_cols:
-        return
     cols = n0 + tl.arange(0, BLOCK_N)
-    k_base = head_base(k, s_k, batch, key_head, first_col, cu_k)
-    v_base = head_base(v, s_v, batch, key_head, first_col, cu_k)
+    k_base = head_base(k, s_k, batch, key_head)
+    v_base = head_base(v, s_v, batch, key_head)
     k_tile = load_rows(k_base, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, True)
     v_tile = load_rows(v_base, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, True)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -313,19 +297,15 @@ def dkdv_kernel(
     for member in range(group):
         head = key_head * group + member
         stream = batch * heads + head
-        q_base = head_base(q, s_q, batch, head, first_row, cu_q)
-        do_base = head_base(do, s_do, batch, head, first_row, cu_q)
-        peak_base = maybe_head_base(peaks, s_row, batch, head, first_row, cu_q)
-        total_base = head_base(totals, s_row, batch, head, first_row, cu_q)
-        delta_base = head_base(delta, s_row, batch, head, first_row, cu_q)
+        q_base = head_base(q, s_q, batch, head)
+        do_base = head_base(do, s_do, batch, head)
+        peak_base = head_base(peaks, s_row, batch, head)
+        total_base = head_base(totals, s_row, batch, head)
+        delta_base = head_base(delta, s_row, batch, head)
         modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
         affine = load_affine(affine_scale, affine_shift, head, s_head)
-        head_mask = mask
-        if mask is not None:
-            head_mask = head_base(mask, s_mask, batch, head, 0, None)
-        head_bias = bias
-        if bias is not None:
-            head_bias = head_base(bias, s_bias, batch, head, 0, None)
+        head_mask = head_base(mask, s_mask, batch, head)
+        head_bias = head_base(bias, s_bias, batch, head)
         sums = zero_sums(BLOCK_N, SUM, COUNT)
         for phase in tl.static_range(3):
             if phase == 1 or window is not None or (phase == 0 and CAUSAL):
@@ -379,7 +359,7 @@ def dkdv_kernel(
             place = (tl.cast(stream, tl.int64) * blocks + pid % blocks) * COUNT
             _store_scalar_gradients(partial + place, sums, cols < n_cols, modulator, AFFINE, ORDER)
 
-    dk_base = head_base(dk, s_dk, batch, key_head, first_col, cu_k)
-    dv_base = head_base(dv, s_dv, batch, key_head, first_col, cu_k)
+    dk_base = head_base(dk, s_dk, batch, key_head)
+    dv_base = head_base(dv, s_dv, batch, key_head)
     store_rows(dk_base, n0, n_cols, s_dk, acc_k * scale, BLOCK_N, D, BLOCK_D)
     store_rows(dv_base, n0, n_cols, s_dv, acc_v, BLOCK_N, DV, BLOCK_DV)

@@ -12,7 +12,6 @@ from hf_multimax.attention.triton.common import (
     load_modulator,
     load_norm,
     load_rows,
-    maybe_head_base,
     probabilities,
     query_bounds,
 )
@@ -108,19 +107,17 @@ def bias_kernel(
     for batch in range(batch_lo, batch_hi):
         for head in range(head_lo, head_hi):
             stream = batch * heads + head
-            q_base = head_base(q, s_q, batch, head, 0, None)
-            do_base = head_base(do, s_do, batch, head, 0, None)
-            k_base = head_base(k, s_k, batch, head // group, 0, None)
-            v_base = head_base(v, s_v, batch, head // group, 0, None)
-            peak_base = maybe_head_base(peaks, s_row, batch, head, 0, None)
-            total_base = head_base(totals, s_row, batch, head, 0, None)
-            delta_base = head_base(delta, s_row, batch, head, 0, None)
+            q_base = head_base(q, s_q, batch, head)
+            do_base = head_base(do, s_do, batch, head)
+            k_base = head_base(k, s_k, batch, head // group)
+            v_base = head_base(v, s_v, batch, head // group)
+            peak_base = head_base(peaks, s_row, batch, head)
+            total_base = head_base(totals, s_row, batch, head)
+            delta_base = head_base(delta, s_row, batch, head)
             modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
             affine = load_affine(affine_scale, affine_shift, head, s_head)
-            head_bias = head_base(bias, s_bias, batch, head, 0, None)
-            head_mask = mask
-            if mask is not None:
-                head_mask = head_base(mask, s_mask, batch, head, 0, None)
+            head_bias = head_base(bias, s_bias, batch, head)
+            head_mask = head_base(mask, s_mask, batch, head)
             for n0 in range(col_lo, col_hi, BLOCK_N):
                 cols = n0 + tl.arange(0, BLOCK_N)
                 k_tile = load_rows(k_base, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, True)

@@ -33,31 +33,11 @@ def dot(a, b, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def span(cu_seqlens, batch, length):
-    """First token and number of tokens of sequence ``batch``: packed if ``cu_seqlens`` is given, else all."""
-    first = 0
-    if cu_seqlens is not None:
-        start = tl.load(cu_seqlens + batch)
-        first = start.to(tl.int64)
-        length = (tl.load(cu_seqlens + batch + 1) - start).to(tl.int32)
-    return first, length
-
-
-@triton.jit
-def head_base(pointer, strides, batch, head, first, cu_seqlens):
-    """Address of token ``first`` of one head. Packed tensors have no batch dimension of their own."""
-    base = pointer + tl.cast(head, tl.int64) * strides[1] + first * strides[2]
-    if cu_seqlens is None:
-        base += tl.cast(batch, tl.int64) * strides[0]
-    return base
-
-
-@triton.jit
-def maybe_head_base(pointer, strides, batch, head, first, cu_seqlens):
-    """:func:`head_base` of a tensor that may be absent."""
+def head_base(pointer, strides, batch, head):
+    """Address of one head; None of a tensor that is absent."""
     base = pointer
     if pointer is not None:
-        base = head_base(pointer, strides, batch, head, first, cu_seqlens)
+        base = pointer + tl.cast(head, tl.int64) * strides[1] + tl.cast(batch, tl.int64) * strides[0]
     return base
 
 

@@ -19,10 +19,8 @@ from hf_multimax.attention.triton.common import (
     load_modulator,
     load_rows,
     mask_scores,
-    maybe_head_base,
     modulate,
     scores,
-    span,
     store_norm,
     store_rounded,
 )
@@ -45,8 +43,6 @@ def forward_kernel(
     mask,
     bias,
     seed,
-    cu_q,
-    cu_k,
     s_q,
     s_k,
     s_v,
@@ -86,24 +82,18 @@ def forward_kernel(
     block = pid % blocks
     if CAUSAL:
         block = blocks - 1 - block  # the longest rows first
-    first_row, n_rows = span(cu_q, batch, n_rows)
-    first_col, n_cols = span(cu_k, batch, n_cols)
     m0 = block * BLOCK_M
-    if m0 >= n_rows:
-        return
-    k = head_base(k, s_k, batch, head // group, first_col, cu_k)
-    v = head_base(v, s_v, batch, head // group, first_col, cu_k)
-    if mask is not None:
-        mask = head_base(mask, s_mask, batch, head, 0, None)
-    if bias is not None:
-        bias = head_base(bias, s_bias, batch, head, 0, None)
+    k = head_base(k, s_k, batch, head // group)
+    v = head_base(v, s_v, batch, head // group)
+    mask = head_base(mask, s_mask, batch, head)
+    bias = head_base(bias, s_bias, batch, head)
     modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
     affine = load_affine(affine_scale, affine_shift, head, s_head)
     left_out = clamp_constant(modulator) if NEAR else 0.0
     CHECK: tl.constexpr = bias is not None or peaks is not None
 
     rows = m0 + tl.arange(0, BLOCK_M)
-    q_base = head_base(q, s_q, batch, head, first_row, cu_q)
+    q_base = head_base(q, s_q, batch, head)
     q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -142,11 +132,11 @@ def forward_kernel(
 
     empty = total == 0.0
     acc *= (keep_scale / tl.where(empty, 1.0, total))[:, None]
-    o_base = head_base(o, s_o, batch, head, first_row, cu_q)
-    residual = maybe_head_base(residual, s_o, batch, head, first_row, cu_q)
+    o_base = head_base(o, s_o, batch, head)
+    residual = head_base(residual, s_o, batch, head)
     store_rounded(o_base, m0, n_rows, s_o, acc, residual, BLOCK_M, DV, BLOCK_DV)
-    peaks = maybe_head_base(peaks, s_row, batch, head, first_row, cu_q)
-    totals = head_base(totals, s_row, batch, head, first_row, cu_q)
+    peaks = head_base(peaks, s_row, batch, head)
+    totals = head_base(totals, s_row, batch, head)
     store_norm(peaks, totals, rows, rows < n_rows, peak + left_out, total)
 
 
@@ -206,21 +196,19 @@ def decode_kernel(
     pair = pid // splits // blocks
     key_heads = heads // group
     batch, key_head = pair // key_heads, pair % key_heads
-    k = head_base(k, s_k, batch, key_head, 0, None)
-    v = head_base(v, s_v, batch, key_head, 0, None)
+    k = head_base(k, s_k, batch, key_head)
+    v = head_base(v, s_v, batch, key_head)
     packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = packed < group * n_rows
     rows = packed % n_rows
     head = tl.minimum(key_head * group + packed // n_rows, heads - 1)
-    if mask is not None:
-        mask = head_base(mask, s_mask, batch, head[:, None], 0, None)
-    if bias is not None:
-        bias = head_base(bias, s_bias, batch, head[:, None], 0, None)
+    mask = head_base(mask, s_mask, batch, head[:, None])
+    bias = head_base(bias, s_bias, batch, head[:, None])
     modulator = load_modulator(ranges + (head * s_head[0])[:, None], ts + (head * s_head[0])[:, None], ORDER, NEAR)
     affine = load_affine(affine_scale, affine_shift, head[:, None], s_head)
 
     depth = tl.arange(0, BLOCK_D)
-    q_rows = head_base(q, s_q, batch, head, 0, None) + tl.cast(rows, tl.int64) * s_q[2]
+    q_rows = head_base(q, s_q, batch, head) + tl.cast(rows, tl.int64) * s_q[2]
     q_tile = tl.load(q_rows[:, None] + depth[None, :] * s_q[3], mask=exists[:, None] & (depth[None, :] < D), other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

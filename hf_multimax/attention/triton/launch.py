@@ -1,7 +1,6 @@
 """Host side of the Triton kernels: tile sizes, buffers and launches. Importing it needs Triton."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -9,11 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
+from hf_multimax.attention.call import Call
+from hf_multimax.attention.operators import fitted
 from hf_multimax.attention.triton.backward import dkdv_kernel, dq_kernel
 from hf_multimax.attention.triton.bias import bias_kernel
 from hf_multimax.attention.triton.forward import combine_kernel, decode_kernel, forward_kernel
 
-__all__ = ["Problem", "Tile", "backward", "forward", "tile"]
+__all__ = ["Tile", "backward", "forward", "tile"]
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 #: a call with at most this many queries per head, and at least that many keys, splits its keys over programs
@@ -59,97 +60,56 @@ _TINY = {
 }
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One call. Tensors are 4-D ``[B, H, N, D]`` views; packed sequences have B = 1 and ``cu_q``, ``cu_k``."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    ranges: Tensor
-    ts: Tensor
-    affine_scale: Tensor | None
-    affine_shift: Tensor | None
-    sinks: Tensor | None
-    mask: Tensor | None
-    bias: Tensor | None
-    seed: Tensor | None
-    cu_q: Tensor | None
-    cu_k: Tensor | None
-    max_q: int
-    max_k: int
-    dropout_p: float
-    causal: bool
-    window: int | None
-    scale: float
-    softcap: float | None
-
-    @property
-    def sequences(self) -> int:
-        return self.q.shape[0] if self.cu_q is None else self.cu_q.numel() - 1
-
-    @property
-    def order(self) -> int:
-        return self.ranges.shape[-1] // 2
-
-    @property
-    def empty(self) -> bool:
-        return self.q.numel() == 0 or self.sequences == 0
-
-    def kernel_arguments(self) -> dict[str, Any]:
-        """The arguments that every attention kernel takes."""
-        (batch, heads, n_rows, d), (_, key_heads, n_cols, d_v) = self.q.shape, self.v.shape
-        shape = (batch, heads, n_rows, n_cols)
-        mask = None if self.mask is None else self.mask.expand(shape)
-        bias = None if self.bias is None else self.bias.expand(shape)
-        boolean = mask is not None and mask.dtype == torch.bool
-        return {
-            "q": self.q,
-            "k": self.k,
-            "v": self.v,
-            "ranges": self.ranges,
-            "ts": self.ts,
-            "affine_scale": self.affine_scale,
-            "affine_shift": self.affine_shift,
-            "mask": mask.view(torch.uint8) if boolean else mask,
-            "bias": bias,
-            "seed": self.seed,
-            "s_q": self.q.stride(),
-            "s_k": self.k.stride(),
-            "s_v": self.v.stride(),
-            "s_mask": (0, 0, 0, 0) if mask is None else mask.stride(),
-            "s_bias": (0, 0, 0, 0) if bias is None else bias.stride(),
-            "s_head": tuple(
-                0 if p is None or p.ndim == own else p.stride(0)
-                for p, own in ((self.ranges, 1), (self.affine_scale, 0), (self.affine_shift, 0))
-            ),
-            "heads": heads,
-            "group": heads // key_heads,
-            "n_rows": n_rows,
-            "n_cols": n_cols,
-            # the 32 random bits of a dropped score are below this, read as a signed number
-            "threshold": min(int(self.dropout_p * 2**32) - 2**31, 2**31 - 1),
-            "scale": self.scale,
-            "softcap": self.softcap,
-            # one that hides nothing costs nothing
-            "window": None if self.window is None or self.window >= n_rows + n_cols else self.window,
-            "ORDER": self.order,
-            # a sink does see what all scores of a row have in common
-            "NEAR": self.q.dtype != torch.float32 and self.sinks is None,
-            "MASK_MIN": None if mask is None or boolean else torch.finfo(mask.dtype).min / 2,
-            "MASK_BY_ROW": mask is not None and mask.stride(2) != 0,
-            "BIAS_BY_ROW": bias is not None and bias.stride(2) != 0,
-            "CAUSAL": self.causal,
-            "D": d,
-            "DV": d_v,
-            "BLOCK_D": _padded(d),
-            "BLOCK_DV": _padded(d_v),
-            "UPCAST": _INTERPRETED and self.q.dtype == torch.bfloat16,
-        }
-
-    @property
-    def keep_scale(self) -> float:
-        return 1.0 / (1.0 - self.dropout_p)
+def kernel_arguments(call: Call) -> dict[str, Any]:
+    """The arguments that every attention kernel takes."""
+    (batch, heads, n_rows, d), (_, key_heads, n_cols, d_v) = call.q.shape, call.v.shape
+    shape = (batch, heads, n_rows, n_cols)
+    mask = None if call.mask is None else call.mask.expand(shape)
+    bias = None if call.bias is None else call.bias.expand(shape)
+    boolean = mask is not None and mask.dtype == torch.bool
+    return {
+        "q": call.q,
+        "k": call.k,
+        "v": call.v,
+        "ranges": call.ranges,
+        "ts": call.ts,
+        "affine_scale": call.affine_scale,
+        "affine_shift": call.affine_shift,
+        "mask": mask.view(torch.uint8) if boolean else mask,
+        "bias": bias,
+        "seed": call.seed,
+        "s_q": call.q.stride(),
+        "s_k": call.k.stride(),
+        "s_v": call.v.stride(),
+        "s_mask": (0, 0, 0, 0) if mask is None else mask.stride(),
+        "s_bias": (0, 0, 0, 0) if bias is None else bias.stride(),
+        "s_head": tuple(
+            0 if p is None or p.ndim == own else p.stride(0)
+            for p, own in ((call.ranges, 1), (call.affine_scale, 0), (call.affine_shift, 0))
+        ),
+        "heads": heads,
+        "group": heads // key_heads,
+        "n_rows": n_rows,
+        "n_cols": n_cols,
+        # the 32 random bits of a dropped score are below this, read as a signed number
+        "threshold": min(int(call.dropout_p * 2**32) - 2**31, 2**31 - 1),
+        "scale": call.scale,
+        "softcap": call.softcap or None,
+        # one that hides nothing costs nothing
+        "window": call.window if 0 <= call.window < n_rows + n_cols else None,
+        "ORDER": _order(call),
+        # a sink does see what all scores of a row have in common
+        "NEAR": call.q.dtype != torch.float32 and call.sinks is None,
+        "MASK_MIN": None if mask is None or boolean else torch.finfo(mask.dtype).min / 2,
+        "MASK_BY_ROW": mask is not None and mask.stride(2) != 0,
+        "BIAS_BY_ROW": bias is not None and bias.stride(2) != 0,
+        "CAUSAL": call.causal,
+        "D": d,
+        "DV": d_v,
+        "BLOCK_D": _padded(d),
+        "BLOCK_DV": _padded(d_v),
+        "UPCAST": _INTERPRETED and call.q.dtype == torch.bfloat16,
+    }
 
 
 def tile(kernel: str, width: int, dtype: torch.dtype, shared: int = 227, lean: bool = False) -> Tile:
@@ -170,94 +130,83 @@ def tile(kernel: str, width: int, dtype: torch.dtype, shared: int = 227, lean: b
     return chosen if shared >= 160 else Tile(min(chosen.m, 64), min(chosen.n, 64 if width <= 64 else 32), 4, 1)
 
 
-def forward(problem: Problem, o: Tensor, residual: Tensor | None, norms: Tensor) -> None:
+def forward(call: Call, o: Tensor, residual: Tensor | None, norms: Tensor) -> None:
     """Fill the output ``[B, H, Nq, Dv]`` and the rows' norms ``[2 or 1, B, H, Nq]``.
 
     Norms in base 2: the peak and the log of the sum relative to it, or one number for both.
     """
-    if problem.empty:
+    if not call.q.numel():
         return
-    with torch.cuda.device_of(problem.q):
-        if problem.cu_q is None and problem.max_q <= _DECODE_QUERIES and problem.max_k >= _DECODE_KEYS:
-            _decode(problem, o, residual, norms)
-        else:
-            _forward(problem, o, residual, norms)
+    with torch.cuda.device_of(call.q):
+        run = _decode if call.q.shape[2] <= _DECODE_QUERIES and call.k.shape[2] >= _DECODE_KEYS else _forward
+        run(call, o, residual, norms)
 
 
 def backward(
-    problem: Problem, do: Tensor, o: Tensor, residual: Tensor | None, norms: Tensor, needs: Sequence[bool]
-) -> list[Tensor]:
-    """Gradients of (q, k, v, ranges, ts, affine scale, affine shift, sinks, bias); empty where ``needs`` is False.
+    call: Call, do: Tensor, o: Tensor, residual: Tensor | None, norms: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of a call's differentiable tensors, None where ``needed`` is False.
 
     Deterministic: partial sums of the scalars are stored by program and reduced in float64.
     """
-    p = problem
-    need_k, need_v, need_bias = needs[1], needs[2], needs[8]
-    need_scalars, need_sinks = any(needs[3:7]), needs[7]
-    make = torch.empty_like if p.cu_q is None else torch.zeros_like
-    dq, dk, dv = (make(x, memory_format=torch.contiguous_format) for x in (p.q, p.k, p.v))
-    dbias = torch.zeros_like(p.bias, memory_format=torch.contiguous_format) if need_bias else None
-    delta = torch.zeros_like(norms[0], dtype=_sum_type(p))
-    scalars = torch.zeros(p.q.shape[1], 2 * p.ranges.shape[-1] + 2, dtype=torch.float64, device=p.q.device)
-    if p.empty:
+    wanted = dict(zip(Call._fields, needed))
+    need_scalars = any(wanted[name] for name in ("ranges", "ts", "affine_scale", "affine_shift"))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.q, call.k, call.v))
+    dbias = torch.zeros_like(call.bias, memory_format=torch.contiguous_format) if wanted["bias"] else None
+    delta = torch.zeros_like(norms[0], dtype=_sum_type(call))
+    size = call.ranges.shape[-1]
+    scalars = torch.zeros(call.q.shape[1], 2 * size + 2, dtype=torch.float64, device=call.q.device)
+    if not call.q.numel():
         dk.zero_()
         dv.zero_()
     else:
-        with torch.cuda.device_of(p.q):
-            _dq(p, do, o, residual, norms, dq, delta)
-            if need_k or need_v or need_scalars:
-                partial = _dkdv(p, do, norms, delta, dk, dv, need_scalars)
+        with torch.cuda.device_of(call.q):
+            _dq(call, do, o, residual, norms, dq, delta)
+            if wanted["k"] or wanted["v"] or need_scalars:
+                partial = _dkdv(call, do, norms, delta, dk, dv, need_scalars)
                 if partial is not None:
                     scalars[:, : partial.shape[-1]] = partial.sum((0, 2), dtype=torch.float64)
             if dbias is not None:
-                _dbias(p, do, norms, delta, dbias)
-
-    size = p.ranges.shape[-1]
-    columns = (scalars[:, :size], scalars[:, size : 2 * size], scalars[:, 2 * size], scalars[:, 2 * size + 1])
-    inputs = (p.ranges, p.ts, p.affine_scale, p.affine_shift)
-    scalar_gradients = [
-        (c if c.shape == x.shape else c.sum(0)).to(x.dtype, copy=True) if need else None
-        for c, x, need in zip(columns, inputs, needs[3:7])
-    ]
-    dsinks = _sink_gradient(p.sinks, norms, delta) if need_sinks else None
-    gradients = (dq, dk, dv, *scalar_gradients, dsinks, dbias)
-    return [g if need else p.q.new_empty(0) for g, need in zip(gradients, needs)]
+                _dbias(call, do, norms, delta, dbias)
+    found = (
+        dq, dk, dv, scalars[:, :size], scalars[:, size : 2 * size], None, dbias, scalars[:, 2 * size],
+        scalars[:, 2 * size + 1], None if call.sinks is None else _sink_gradient(call.sinks, norms, delta),
+    )  # fmt: skip
+    return fitted(found, call, needed)
 
 
 # --- launches ----------------------------------------------------------------------------------------------------
 
 
-def _forward(p: Problem, o: Tensor, residual: Tensor | None, norms: Tensor) -> None:
-    arguments = p.kernel_arguments()
-    t = _tile(p, "forward" if p.max_q > 64 else "short", arguments)
-    blocks = triton.cdiv(p.max_q, t.m)
-    forward_kernel[(blocks * p.q.shape[1] * p.sequences,)](
+def _forward(call: Call, o: Tensor, residual: Tensor | None, norms: Tensor) -> None:
+    arguments = kernel_arguments(call)
+    t = _tile(call, "forward" if call.q.shape[2] > 64 else "short", arguments)
+    blocks = triton.cdiv(call.q.shape[2], t.m)
+    forward_kernel[(blocks * call.q.shape[1] * call.q.shape[0],)](
         **arguments,
         o=o,
         residual=residual,
         peaks=_peaks(norms),
         totals=norms[-1],
-        sinks=p.sinks,
-        cu_q=p.cu_q,
-        cu_k=p.cu_k,
+        sinks=call.sinks,
         s_o=o.stride(),
         s_row=norms[0].stride(),
         blocks=blocks,
-        keep_scale=p.keep_scale,
+        keep_scale=_keep_scale(call),
         **_options(t),
     )
 
 
-def _decode(p: Problem, o: Tensor, residual: Tensor | None, norms: Tensor) -> None:
-    arguments = p.kernel_arguments()
-    t = _tile(p, "decode", arguments)
-    batch, heads, n_rows, _ = p.q.shape
+def _decode(call: Call, o: Tensor, residual: Tensor | None, norms: Tensor) -> None:
+    arguments = kernel_arguments(call)
+    t = _tile(call, "decode", arguments)
+    batch, heads, n_rows, _ = call.q.shape
     blocks = triton.cdiv(arguments["group"] * n_rows, t.m)
-    programs = batch * p.k.shape[1] * blocks
-    splits = max(1, min(_MAX_SPLITS, 2 * _multiprocessors(p.q.device) // programs, p.max_k // (2 * t.n)))
-    d_v = p.v.shape[-1]
-    partial = torch.empty(batch, heads, n_rows, splits, d_v, dtype=torch.float32, device=p.q.device)
-    peaks, totals = torch.empty(2, batch, heads, n_rows, splits, dtype=torch.float32, device=p.q.device)
+    programs = batch * call.k.shape[1] * blocks
+    splits = max(1, min(_MAX_SPLITS, 2 * _multiprocessors(call.q.device) // programs, call.k.shape[2] // (2 * t.n)))
+    d_v = call.v.shape[-1]
+    partial = torch.empty(batch, heads, n_rows, splits, d_v, dtype=torch.float32, device=call.q.device)
+    peaks, totals = torch.empty(2, batch, heads, n_rows, splits, dtype=torch.float32, device=call.q.device)
     decode_kernel[(programs * splits,)](
         **arguments,
         partial=partial,
@@ -275,23 +224,23 @@ def _decode(p: Problem, o: Tensor, residual: Tensor | None, norms: Tensor) -> No
         residual=residual,
         peaks=_peaks(norms),
         totals=norms[-1],
-        sinks=p.sinks,
+        sinks=call.sinks,
         s_o=o.stride(),
         heads=heads,
         n_rows=n_rows,
         splits=splits,
-        keep_scale=p.keep_scale,
+        keep_scale=_keep_scale(call),
         DV=d_v,
         BLOCK_DV=_padded(d_v),
         BLOCK_S=triton.next_power_of_2(splits),
     )
 
 
-def _dq(p: Problem, do: Tensor, o: Tensor, residual: Tensor | None, norms: Tensor, dq: Tensor, delta: Tensor) -> None:
-    arguments = p.kernel_arguments()
-    t = _tile(p, "dq", arguments)
-    blocks, heads = triton.cdiv(p.max_q, t.m), p.q.shape[1]
-    dq_kernel[(blocks * heads * p.sequences,)](
+def _dq(call: Call, do: Tensor, o: Tensor, residual: Tensor | None, norms: Tensor, dq: Tensor, delta: Tensor) -> None:
+    arguments = kernel_arguments(call)
+    t = _tile(call, "dq", arguments)
+    blocks, heads = triton.cdiv(call.q.shape[2], t.m), call.q.shape[1]
+    dq_kernel[(blocks * heads * call.q.shape[0],)](
         **arguments,
         o=o,
         residual=residual,
@@ -300,34 +249,33 @@ def _dq(p: Problem, do: Tensor, o: Tensor, residual: Tensor | None, norms: Tenso
         peaks=_peaks(norms),
         totals=norms[-1],
         delta=delta,
-        sinks=p.sinks,
-        cu_q=p.cu_q,
-        cu_k=p.cu_k,
+        sinks=call.sinks,
         s_o=o.stride(),
         s_do=do.stride(),
         s_dq=dq.stride(),
         s_row=norms[0].stride(),
         blocks=blocks,
-        keep_scale=p.keep_scale,
+        keep_scale=_keep_scale(call),
         **_options(t),
     )
 
 
 def _dkdv(
-    p: Problem, do: Tensor, norms: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, need_scalars: bool
+    call: Call, do: Tensor, norms: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, need_scalars: bool
 ) -> Tensor | None:
-    """Fill ``dk`` and ``dv``; the scalars' partial sums ``[sequences, H, blocks, 4N (+ 2)]`` if needed."""
-    arguments = p.kernel_arguments()
-    t = _tile(p, "dkdv", arguments)
-    blocks = triton.cdiv(p.max_k, t.n)
+    """Fill ``dk`` and ``dv``; the scalars' partial sums ``[B, H, blocks, 4N (+ 2)]`` if needed."""
+    arguments = kernel_arguments(call)
+    t = _tile(call, "dkdv", arguments)
+    blocks = triton.cdiv(call.k.shape[2], t.n)
     if blocks == 0:
         return None
     partial = None
     if need_scalars:
-        count = 4 * p.order + (0 if p.affine_scale is None else 2)
-        make = torch.empty if p.cu_q is None else torch.zeros  # short sequences leave programs idle
-        partial = make(p.sequences, p.q.shape[1], blocks, count, dtype=_sum_type(p), device=p.q.device)
-    dkdv_kernel[(blocks * p.k.shape[1] * p.sequences,)](
+        count = 4 * _order(call) + (0 if call.affine_scale is None else 2)
+        partial = torch.empty(
+            call.q.shape[0], call.q.shape[1], blocks, count, dtype=_sum_type(call), device=call.q.device
+        )
+    dkdv_kernel[(blocks * call.k.shape[1] * call.q.shape[0],)](
         **arguments,
         do=do,
         dk=dk,
@@ -336,22 +284,20 @@ def _dkdv(
         peaks=_peaks(norms),
         totals=norms[-1],
         delta=delta,
-        cu_q=p.cu_q,
-        cu_k=p.cu_k,
         s_do=do.stride(),
         s_dk=dk.stride(),
         s_dv=dv.stride(),
         s_row=norms[0].stride(),
         blocks=blocks,
-        keep_scale=p.keep_scale,
+        keep_scale=_keep_scale(call),
         **_options(t),
     )
     return partial
 
 
-def _dbias(p: Problem, do: Tensor, norms: Tensor, delta: Tensor, dbias: Tensor) -> None:
-    arguments = p.kernel_arguments()
-    t = _tile(p, "bias", arguments)
+def _dbias(call: Call, do: Tensor, norms: Tensor, delta: Tensor, dbias: Tensor) -> None:
+    arguments = kernel_arguments(call)
+    t = _tile(call, "bias", arguments)
     full = dbias.view((1,) * (4 - dbias.ndim) + dbias.shape)
     batch, heads, n_rows, n_cols = full.shape
     row_blocks, col_blocks = triton.cdiv(n_rows, t.m), triton.cdiv(n_cols, t.n)
@@ -365,10 +311,10 @@ def _dbias(p: Problem, do: Tensor, norms: Tensor, delta: Tensor, dbias: Tensor) 
         s_do=do.stride(),
         s_dbias=full.stride(),
         s_row=norms[0].stride(),
-        batches=p.q.shape[0],
+        batches=call.q.shape[0],
         row_blocks=row_blocks,
         col_blocks=col_blocks,
-        keep_scale=p.keep_scale,
+        keep_scale=_keep_scale(call),
         PER_BATCH=batch > 1,
         PER_HEAD=heads > 1,
         PER_ROW=n_rows > 1,
@@ -381,23 +327,31 @@ def _sink_gradient(sinks: Tensor, norms: Tensor, delta: Tensor) -> Tensor:
     """A sink takes probability from the keys and adds nothing: its gradient is -p_sink * delta, summed over rows."""
     log2e = 1.4426950408889634
     share = torch.exp2(sinks.float()[:, None] * log2e - norms.double().sum(0))
-    return -(share * delta).sum((0, 2)).to(sinks.dtype)
+    return -(share * delta).sum((0, 2))
 
 
-def _sum_type(p: Problem) -> torch.dtype:
+def _order(call: Call) -> int:
+    return call.ranges.shape[-1] // 2
+
+
+def _keep_scale(call: Call) -> float:
+    return 1.0 / (1.0 - call.dropout_p)
+
+
+def _sum_type(call: Call) -> torch.dtype:
     """Type of delta and of the scalars' partial sums."""
-    return torch.float64 if p.q.dtype == torch.float32 else torch.float32
+    return torch.float64 if call.q.dtype == torch.float32 else torch.float32
 
 
 def _peaks(norms: Tensor) -> Tensor | None:
     return norms[0] if len(norms) == 2 else None
 
 
-def _tile(p: Problem, kernel: str, arguments: dict[str, Any]) -> Tile:
+def _tile(call: Call, kernel: str, arguments: dict[str, Any]) -> Tile:
     """The tile of a launch, put into its arguments."""
     width = max(arguments["BLOCK_D"], arguments["BLOCK_DV"])
-    lean = p.mask is None and p.bias is None and p.seed is None
-    t = tile(kernel, width, p.q.dtype, _shared_memory(p.q.device), lean)
+    lean = call.mask is None and call.bias is None and call.seed is None
+    t = tile(kernel, width, call.q.dtype, _shared_memory(call.q.device), lean)
     arguments.update(BLOCK_M=t.m, BLOCK_N=t.n)
     return t
 

@@ -5,9 +5,10 @@ import struct
 import torch
 from torch import Tensor
 
+from hf_multimax.attention.call import Call
 from hf_multimax.extension.library import load
 
-__all__ = ["Call"]
+__all__ = ["TYPES", "Packed", "dense_rows"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 
@@ -40,27 +41,47 @@ def _offsets() -> tuple[dict[str, int], int]:
 OFFSETS, WORDS = _offsets()
 INPUTS = slice(OFFSETS["q"], OFFSETS["out"])
 SHAPE = slice(OFFSETS["batch"], OFFSETS["row_block"])
+BAND = slice(OFFSETS["causal"], OFFSETS["seed"])
+SCORES = slice(OFFSETS["scale"], OFFSETS["dropout"])
 STATISTICS = slice(OFFSETS["top"], OFFSETS["delta"])
 PACKED = struct.Struct(f"={WORDS - len(REALS)}q{len(REALS)}d")
 
 
-class Call:
+class Packed:
     """The arguments of one C call, and the tensors that its pointers need alive."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, ts: Tensor) -> None:
+    def __init__(self, call: Call) -> None:
+        q, v, ranges = call.q, call.v, call.ranges
         self.batch, self.heads, self.rows, dim = q.shape
         _, self.kv_heads, self.keys, value_dim = v.shape
         self._parameters, self._affine = ranges.shape, None
         size = ranges.shape[-1]
         self.order, self.threads = size // 2, torch.get_num_threads()
-        self._kept: list[Tensor] = [dense_rows(q), dense_rows(k), dense_rows(v)]
+        self._kept: list[Tensor] = [dense_rows(q), dense_rows(call.k), dense_rows(v)]
         self._words: list[int | float] = [0] * WORDS
         self._words[INPUTS] = [word for x in self._kept for word in _view(x)]
         self._words[SHAPE] = (
             self.batch, self.heads, self.kv_heads, self.rows, self.keys, dim, value_dim, self.order,
             size if ranges.ndim == 2 else 0, 1, self.threads,
         )  # fmt: skip
-        self.pointers(ranges=_parameter(ranges), ts=_parameter(ts))
+        self._words[BAND] = call.causal, call.window
+        self._words[SCORES] = call.scale, call.softcap
+        self.pointers(ranges=_parameter(ranges), ts=_parameter(call.ts))
+        shape = (self.batch, self.heads, self.rows, self.keys)
+        if call.mask is not None:
+            self.views(mask=call.mask.expand(shape))
+        if call.bias is not None:
+            self.views(bias=call.bias.expand(shape))
+        if call.affine_scale is not None and call.affine_shift is not None:
+            pair = (_parameter(call.affine_scale), _parameter(call.affine_shift))
+            affine = torch.stack(torch.broadcast_tensors(*pair), -1)
+            self._affine = affine.shape
+            self.set(affine_stride=2 if affine.ndim == 2 else 0)
+            self.pointers(affine=affine)
+        if call.sinks is not None:
+            self.pointers(sinks=_parameter(call.sinks))
+        if call.seed is not None:
+            self.set(seed=int(call.seed), dropout=call.dropout_p)
 
     def set(self, **values: int | float) -> None:
         """Set numbers."""
@@ -97,27 +118,6 @@ class Call:
         grads = {name: torch.empty(shape, dtype=torch.float32, device="cpu") for name, shape in shapes.items()}
         self.pointers(**grads)
         return grads["grad_ranges"], grads["grad_ts"], grads.get("grad_affine")
-
-    def features(
-        self, mask: Tensor | None, bias: Tensor | None, affine_scale: Tensor | None, affine_shift: Tensor | None,
-        sinks: Tensor | None, seed: Tensor | None, dropout_p: float, causal: bool, window: int, scale: float,
-        softcap: float,
-    ) -> None:  # fmt: skip
-        """Set everything that a call may do without."""
-        self.set(causal=causal, window=window, scale=scale, softcap=softcap)
-        shape = (self.batch, self.heads, self.rows, self.keys)
-        for name, tensor in (("mask", mask), ("bias", bias)):
-            if tensor is not None:
-                self.views(**{name: tensor.expand(shape)})
-        if affine_scale is not None and affine_shift is not None:
-            pair = torch.stack(torch.broadcast_tensors(_parameter(affine_scale), _parameter(affine_shift)), -1)
-            self._affine = pair.shape
-            self.set(affine_stride=2 if pair.ndim == 2 else 0)
-            self.pointers(affine=pair)
-        if sinks is not None:
-            self.pointers(sinks=_parameter(sinks))
-        if seed is not None:
-            self.set(seed=int(seed), dropout=dropout_p)
 
     def grad_bias(self, grad: Tensor) -> None:
         """Set the contiguous accumulator for the bias's gradient."""
