@@ -21,6 +21,7 @@ ORDER = (
     "functional",
     "attention.__init__",
     "attention.context",
+    "attention.schema",
     "attention.call",
     "attention.operators",
     "attention.tiled",
@@ -52,7 +53,7 @@ ORDER = (
     "__init__",
 )
 #: What computes with tensors alone.
-KERNELS = ("attention.context", "attention.call", "attention.operators")
+KERNELS = ("attention.context", "attention.schema", "attention.call", "attention.operators")
 KERNELS = (*KERNELS, "attention.tiled", "attention.native", "attention.triton", "loss")
 
 

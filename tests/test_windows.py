@@ -1,4 +1,4 @@
-"""Sliding windows: as an argument of attention, and as Transformers' masks of Mistral, Gemma and others tell of them."""
+"""Sliding windows: as an argument of attention, and as the masks of Mistral, Gemma and others tell of them."""
 
 import copy
 import math

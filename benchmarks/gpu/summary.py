@@ -110,9 +110,7 @@ def _tiles(rows: Sequence[Row]) -> list[str]:
         lines.append(f"  {kernel} {width}: present {best['present']}, best {best['tile']} at {best['ratio']:.3f}")
         if best["ratio"] < 0.98:
             m, n, warps, stages = best["tile"]
-            lines.append(
-                f'    triton/launch.py: _LEAN["{kernel}"][{width}] = Tile({m}, {n}, {warps}, {stages})'
-            )
+            lines.append(f'    triton/launch.py: _LEAN["{kernel}"][{width}] = Tile({m}, {n}, {warps}, {stages})')
     unfit = [f"{row['kernel']} {row['width']} {row['tile']}: {row['unfit']}" for row in rows if "unfit" in row]
     return [*lines, *(f"  did not run: {line}" for line in unfit)]
 

@@ -1,11 +1,11 @@
 """One call of attention: what it consists of, in the order of every operator's arguments, and what is refused."""
 
-from typing import NamedTuple, TypedDict, get_type_hints
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-__all__ = ["DIFFERENTIABLE", "SCHEMA", "Affine", "Call", "Features", "make_call", "seeded"]
+__all__ = ["DIFFERENTIABLE", "Affine", "Call", "Features", "make_call", "seeded"]
 
 Affine = tuple[Tensor, Tensor]
 
@@ -50,9 +50,6 @@ class Call(NamedTuple):
 
 #: how many of a call's tensors gradients are defined for: all but the seed
 DIFFERENTIABLE = Call._fields.index("seed")
-_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", int: "SymInt"}
-#: a call as an operator's arguments
-SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items())
 
 
 class Features(TypedDict, total=False):

@@ -6,18 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_multimax.attention.call import DIFFERENTIABLE, SCHEMA, Call
+from hf_multimax.attention.call import DIFFERENTIABLE, Call
 from hf_multimax.attention.context import refuse_second_derivative
+from hf_multimax.attention.schema import LIBRARY, arguments_of, define
 
 __all__ = ["define_backward", "define_forward", "fitted", "gradients", "keep", "kept", "register_gradient"]
 
-#: the fragment that the operators live in, as long as the process does
-LIBRARY = torch.library.Library("hf_multimax", "FRAGMENT")
+#: a call as an operator's arguments
+_CALL = arguments_of(Call)
 
 
 def define_forward(name: str, returns: str, function: Callable, fake: Callable, dispatch_key: str) -> Callable:
     """The operator ``hf_multimax::name(*call)``."""
-    return _define(f"{name}({SCHEMA}) -> {returns}", function, fake, dispatch_key)
+    return define(f"{name}({_CALL}) -> {returns}", function, fake, dispatch_key)
 
 
 def define_backward(name: str, before: Sequence[str], function: Callable, dispatch_key: str) -> Callable:
@@ -41,7 +42,7 @@ def define_backward(name: str, before: Sequence[str], function: Callable, dispat
         ]
 
     tensors = "".join(f"Tensor {tensor}, " for tensor in before)
-    return _define(f"{name}({tensors}{SCHEMA}, bool[] needed) -> Tensor[]", run, fake, dispatch_key)
+    return define(f"{name}({tensors}{_CALL}, bool[] needed) -> Tensor[]", run, fake, dispatch_key)
 
 
 def register_gradient(name: str, kind: str, save: Callable, backward: Callable) -> None:
@@ -106,12 +107,3 @@ def _fitted(grad: Tensor, like: Tensor) -> Tensor:
         grad = grad.sum(0)
     grad = grad.to(like.dtype).contiguous()
     return grad.clone() if grad._is_view() else grad  # what an operator returns must not share memory
-
-
-def _define(schema: str, function: Callable, fake: Callable, dispatch_key: str) -> Callable:
-    """A functional operator (a third of the overhead of ``torch.library.custom_op``)."""
-    name = schema[: schema.index("(")]
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, function, dispatch_key)
-    torch.library.register_fake(f"hf_multimax::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.hf_multimax, name).default

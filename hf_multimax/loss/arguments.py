@@ -1,11 +1,13 @@
 """The checks of the output loss's arguments."""
 
+from typing import Any, TypedDict
+
 import torch
 from torch import Tensor
 
 from hf_multimax.attention.context import autocast_dtype
 
-__all__ = ["Affine", "check_modulator", "check_options", "check_tensors", "matmul_dtype"]
+__all__ = ["Affine", "LossOptions", "check_modulator", "check_tensors", "checked_options", "matmul_dtype"]
 
 Affine = tuple[Tensor, Tensor]
 
@@ -64,14 +66,33 @@ def check_modulator(ranges: Tensor | None, ts: Tensor | None, affine: Affine | N
         raise ValueError(f"ranges and ts must both be [2N], N >= 1, got {list(ranges.shape)} and {list(ts.shape)}")
 
 
-def check_options(
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    num_items_in_batch: int | Tensor | None,
-    softcap: float | None,
-    chunk_size: int | None,
-) -> None:
+class LossOptions(TypedDict, total=False):
+    """What a call may do without."""
+
+    bias: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
+    num_items_in_batch: int | Tensor | None
+    affine: Affine | None
+    softcap: float | None
+    chunk_size: int | None
+
+
+def checked_options(given: dict[str, Any]) -> dict[str, Any]:
+    """All options, those not given at their defaults.
+
+    Raises:
+        TypeError, ValueError: for an unknown one, or one that is impossible whatever the tensors.
+    """
+    unknown = given.keys() - LossOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"the loss has no option {min(unknown)!r}; there are {', '.join(LossOptions.__annotations__)}")
+    options = {**dict.fromkeys(LossOptions.__annotations__), **_DEFAULTS, **given}
+    ignore_index, label_smoothing, reduction = (options[name] for name in _DEFAULTS)
+    num_items_in_batch, softcap, chunk_size = (
+        options[name] for name in ("num_items_in_batch", "softcap", "chunk_size")
+    )
     if not _is_integer(ignore_index):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     if not _is_number(label_smoothing):
@@ -93,6 +114,10 @@ def check_options(
         raise TypeError(f"chunk_size must be an integer or None, got {chunk_size!r}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    return options
+
+
+_DEFAULTS = {"ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
 
 
 def _is_integer(value: object) -> bool:

@@ -9,12 +9,14 @@ Operators: ``hf_multimax::linear_cross_entropy`` (sum), ``..._rows`` and ``..._r
 """
 
 from collections.abc import Sequence
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from hf_multimax.attention.context import differentiated_by_functions
-from hf_multimax.loss.arguments import Affine, check_modulator, check_options, check_tensors, matmul_dtype
+from hf_multimax.attention.schema import LIBRARY, arguments_of, define
+from hf_multimax.loss.arguments import LossOptions, check_modulator, check_tensors, checked_options, matmul_dtype
 from hf_multimax.loss.chunks import solve
 from hf_multimax.loss.problem import SOURCES, Problem, kept_dtype
 
@@ -27,15 +29,7 @@ def multimax_linear_cross_entropy(
     labels: Tensor,
     ranges: Tensor | None,
     ts: Tensor | None,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    num_items_in_batch: int | Tensor | None = None,
-    affine: Affine | None = None,
-    softcap: float | None = None,
-    chunk_size: int | None = None,
+    **options: Unpack[LossOptions],
 ) -> Tensor:
     """Cross-entropy of modulated logits without ever holding the logits of all tokens.
 
@@ -67,30 +61,41 @@ def multimax_linear_cross_entropy(
     Raises:
         ValueError: for shapes that do not fit, labels out of range (on a CPU; a device assertion elsewhere), an unknown
             reduction, only one of ``ranges`` and ``ts``, ``affine`` without them, numbers out of their range.
-        TypeError: for arguments of the wrong type.
+        TypeError: for arguments of the wrong type, or unknown ones.
         RuntimeError: where ``torch.func`` differentiates it.
+
+    Example:
+        >>> import torch
+        >>> from hf_multimax import multimax_linear_cross_entropy
+        >>> hidden, weight, labels = torch.randn(6, 8), torch.randn(11, 8), torch.tensor([1, 2, -100, 4, 5, 10])
+        >>> loss = multimax_linear_cross_entropy(hidden, weight, labels, torch.zeros(4), torch.zeros(4))
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, labels))  # slopes of 0: SoftMax
+        True
     """
     if differentiated_by_functions():
         raise RuntimeError(
             "multimax_linear_cross_entropy has no derivative for torch.func: use torch.autograd, or cross_entropy of "
             "hf_multimax.modulate(logits, ranges, ts)"
         )
-    check_tensors(hidden, weight, labels, bias)
-    check_modulator(ranges, ts, affine)
-    check_options(ignore_index, label_smoothing, reduction, num_items_in_batch, softcap, chunk_size)
-    inputs = (hidden, weight, labels, ranges, ts, bias, *(affine or (None, None)))
-    options = (ignore_index, float(label_smoothing), softcap, chunk_size, matmul_dtype(hidden, weight))
+    given = checked_options(options)
+    reduction, num_items_in_batch = given["reduction"], given["num_items_in_batch"]
+    check_tensors(hidden, weight, labels, given["bias"])
+    check_modulator(ranges, ts, given["affine"])
+    problem = Problem(
+        hidden, weight, labels, ranges, ts, given["bias"], *(given["affine"] or (None, None)), given["ignore_index"],
+        float(given["label_smoothing"]), given["softcap"], given["chunk_size"], matmul_dtype(hidden, weight),
+    )  # fmt: skip
     if reduction == "none":
-        losses = linear_cross_entropy_rows(*inputs, *options)
+        losses = linear_cross_entropy_rows(*problem)
         return losses if num_items_in_batch is None else losses / _on(losses.device, num_items_in_batch)
     recorded = torch.is_grad_enabled()
-    wanted = [recorded and inputs[i] is not None and inputs[i].requires_grad for i in SOURCES.values()]
-    total = linear_cross_entropy(*inputs, *options, wanted)[0]
+    wanted = [recorded and x is not None and x.requires_grad for x in problem.sources]
+    total = linear_cross_entropy(*problem, wanted)[0]
     if num_items_in_batch is not None:
         return total / _on(total.device, num_items_in_batch)
     if reduction == "sum":
         return total
-    count = (labels != ignore_index).sum()
+    count = (labels != problem.ignore_index).sum()
     # where, not 0 / 0: the gradients are zero then, as torch's are
     return torch.where(count > 0, total / count.clamp_min(1), float("nan"))
 
@@ -102,131 +107,33 @@ def _on(device: torch.device, count: int | Tensor) -> int | Tensor:
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("hf_multimax::linear_cross_entropy", mutates_args=())
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    ranges: Tensor | None,
-    ts: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    chunk_size: int | None,
-    dtype: torch.dtype,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _sum(*arguments: Any) -> tuple[Tensor, ...]:
     """The sum of the losses, and its gradients in the order of SOURCES (empty where not wanted)."""
-    problem = Problem(
-        hidden,
-        weight,
-        labels,
-        ranges,
-        ts,
-        bias,
-        scale,
-        shift,
-        ignore_index,
-        label_smoothing,
-        softcap,
-        chunk_size,
-        dtype,
-    )
-    losses, *gradients = solve(problem, wanted)
+    *problem, wanted = arguments
+    losses, *gradients = solve(Problem(*problem), wanted)
     return losses.sum(dtype=torch.float64).to(losses.dtype), *gradients
 
 
-@linear_cross_entropy.register_fake
-def _(*arguments):
+def _fake_sum(*arguments: Any) -> tuple[Tensor, ...]:
     problem = Problem(*arguments[:-1])
     total = problem.hidden.new_empty((), dtype=problem.compute_dtype)
     return total, *_fake_gradients(problem, arguments[-1])
 
 
-@torch.library.custom_op("hf_multimax::linear_cross_entropy_rows", mutates_args=())
-def linear_cross_entropy_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    ranges: Tensor | None,
-    ts: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    chunk_size: int | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def _rows(*arguments: Any) -> Tensor:
     """The loss of every token, [tokens]."""
-    problem = Problem(
-        hidden,
-        weight,
-        labels,
-        ranges,
-        ts,
-        bias,
-        scale,
-        shift,
-        ignore_index,
-        label_smoothing,
-        softcap,
-        chunk_size,
-        dtype,
-    )
-    return solve(problem, [False] * len(SOURCES))[0]
+    return solve(Problem(*arguments), [False] * len(SOURCES))[0]
 
 
-@linear_cross_entropy_rows.register_fake
-def _(*arguments):
+def _fake_rows(*arguments: Any) -> Tensor:
     problem = Problem(*arguments)
     return problem.hidden.new_empty(problem.hidden.shape[0], dtype=problem.compute_dtype)
 
 
-@torch.library.custom_op("hf_multimax::linear_cross_entropy_rows_backward", mutates_args=())
-def linear_cross_entropy_rows_backward(
-    row_weights: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    ranges: Tensor | None,
-    ts: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    chunk_size: int | None,
-    dtype: torch.dtype,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _of_rows(row_weights: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of ``row_weights @ losses`` in the order of SOURCES (empty where not wanted)."""
-    problem = Problem(
-        hidden,
-        weight,
-        labels,
-        ranges,
-        ts,
-        bias,
-        scale,
-        shift,
-        ignore_index,
-        label_smoothing,
-        softcap,
-        chunk_size,
-        dtype,
-    )
-    return solve(problem, wanted, row_weights)[1:]
-
-
-@linear_cross_entropy_rows_backward.register_fake
-def _(row_weights, *arguments):
-    return _fake_gradients(Problem(*arguments[:-1]), arguments[-1])
+    *problem, wanted = arguments
+    return solve(Problem(*problem), wanted, row_weights)[1:]
 
 
 def _fake_gradients(problem: Problem, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -238,19 +145,36 @@ def _fake_gradients(problem: Problem, wanted: Sequence[bool]) -> tuple[Tensor, .
     )
 
 
+_GRADIENTS = ", ".join(["Tensor"] * len(SOURCES))
+_PROBLEM = arguments_of(Problem)
+linear_cross_entropy = define(
+    f"linear_cross_entropy({_PROBLEM}, bool[] wanted) -> (Tensor, {_GRADIENTS})", _sum, _fake_sum
+)
+linear_cross_entropy_rows = define(f"linear_cross_entropy_rows({_PROBLEM}) -> Tensor", _rows, _fake_rows)
+linear_cross_entropy_rows_backward = define(
+    f"linear_cross_entropy_rows_backward(Tensor row_weights, {_PROBLEM}, bool[] wanted) -> ({_GRADIENTS})",
+    _of_rows,
+    lambda row_weights, *arguments: _fake_gradients(Problem(*arguments[:-1]), arguments[-1]),
+)
+
+
+#: where SOURCES stand among the operators' arguments
+_PLACES = [Problem._fields.index(name) for name in SOURCES]
+
+
 def _sum_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in SOURCES.values()]
+    ctx.dtypes = [None if x is None else x.dtype for x in Problem(*inputs[:-1]).sources]
     ctx.wanted = inputs[-1]
 
 
 def _sum_backward(ctx, grad: Tensor | None, *_):
     _refuse_double_backward()
-    result: list[Tensor | None] = [None] * 14
+    result: list[Tensor | None] = [None] * (len(Problem._fields) + 1)
     if grad is not None:
-        for i, gradient, dtype, flag in zip(SOURCES.values(), ctx.saved_tensors, ctx.dtypes, ctx.wanted):
+        for i, gradient, dtype, flag in zip(_PLACES, ctx.saved_tensors, ctx.dtypes, ctx.wanted):
             if flag:
                 # multiplied before it is rounded: float16 would overflow or lose what a loss scale restores
                 result[i] = (gradient.to(torch.promote_types(gradient.dtype, grad.dtype)) * grad).to(dtype)
@@ -265,10 +189,10 @@ def _rows_setup(ctx, inputs, output) -> None:
 def _rows_backward(ctx, grad: Tensor):
     _refuse_double_backward()
     inputs = ctx.saved_tensors
-    wanted = [ctx.needs_input_grad[i] for i in SOURCES.values()]
+    wanted = [ctx.needs_input_grad[i] for i in _PLACES]
     gradients = linear_cross_entropy_rows_backward(grad, *inputs, *ctx.options, wanted)
-    result: list[Tensor | None] = [None] * 13
-    for i, gradient, flag in zip(SOURCES.values(), gradients, wanted):
+    result: list[Tensor | None] = [None] * len(Problem._fields)
+    for i, gradient, flag in zip(_PLACES, gradients, wanted):
         if flag:
             result[i] = gradient.to(inputs[i].dtype)
     return tuple(result)
@@ -282,5 +206,8 @@ def _refuse_double_backward() -> None:
         )
 
 
-linear_cross_entropy.register_autograd(_sum_backward, setup_context=_sum_setup)
-linear_cross_entropy_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
+for _name, _differentiate, _setup in (
+    ("linear_cross_entropy", _sum_backward, _sum_setup),
+    ("linear_cross_entropy_rows", _rows_backward, _rows_setup),
+):
+    torch.library.register_autograd(f"hf_multimax::{_name}", _differentiate, setup_context=_setup, lib=LIBRARY)

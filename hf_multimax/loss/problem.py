@@ -1,7 +1,7 @@
 """One call of the output loss: its tensors and options, and the sums that its gradients are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,11 @@ WORKSPACE_BYTES = 128 * 2**20
 #: elements of a tile, the part of a chunk whose modulation stays in the cache of a CPU; larger elsewhere
 CPU_TILE, DEVICE_TILE = 2**17, 2**22
 
-#: inputs that can have a gradient, and their place among the operators' arguments
-SOURCES = {"hidden": 0, "weight": 1, "ranges": 3, "ts": 4, "bias": 5, "scale": 6, "shift": 7}
+#: inputs that can have a gradient
+SOURCES = ("hidden", "weight", "ranges", "ts", "bias", "scale", "shift")
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """The tensors and options of one call, in the order of the operators' arguments."""
 
     hidden: Tensor
@@ -34,6 +33,11 @@ class Problem:
     softcap: float | None
     chunk_size: int | None
     dtype: torch.dtype  # that hidden and weight are rounded to
+
+    @property
+    def sources(self) -> tuple[Tensor | None, ...]:
+        """Those of SOURCES."""
+        return tuple(getattr(self, name) for name in SOURCES)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -56,7 +60,7 @@ class Problem:
         """With every tensor but ``hidden``, which is converted by chunk, in the type that it is computed in."""
         small = {name: getattr(self, name) for name in ("ranges", "ts", "bias", "scale", "shift")}
         small = {name: None if x is None else x.to(self.compute_dtype).contiguous() for name, x in small.items()}
-        return replace(self, weight=self.as_factor(self.weight), labels=self.labels.long(), **small)
+        return self._replace(weight=self.as_factor(self.weight), labels=self.labels.long(), **small)
 
     def as_factor(self, x: Tensor) -> Tensor:
         """``x`` rounded to ``dtype``, in the type for matrix products."""

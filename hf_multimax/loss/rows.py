@@ -109,16 +109,7 @@ class KernelLoss:
 
     def __call__(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         """As :meth:`TileLoss.__call__`."""
-        problem = self.problem
-        losses, sums = self.kernel(
-            x,
-            labels,
-            *(problem.ranges, problem.ts, problem.bias, problem.scale, problem.shift, weights),
-            ignore_index=problem.ignore_index,
-            label_smoothing=problem.label_smoothing,
-            softcap=problem.softcap,
-            gradient=self.gradients.any,
-        )
+        losses, sums = self.kernel(self.problem, x, labels, weights, self.gradients.any)
         self.sums += sums.sum(0, dtype=torch.float64)
         return losses
 

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_multimax.loss.problem import Problem
+
 __all__ = ["row_losses"]
 
 #: logits at or below this are masked: half of finfo(float32).min
@@ -22,33 +24,22 @@ BLOCK, WARPS = 2048, 8
 
 
 def row_losses(
-    x: Tensor,
-    labels: Tensor,
-    ranges: Tensor | None,
-    ts: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weights: Tensor | None,
-    *,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    gradient: bool,
+    problem: Problem, x: Tensor, labels: Tensor, weights: Tensor | None, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses of the rows of ``x`` and the row sums that the parameters' gradients are made of.
 
     Args:
+        problem: with contiguous float32 parameters, as :meth:`Problem.prepared` makes them.
         x: ``[rows, vocab]``, contiguous float32: products without bias. With ``gradient`` it holds the gradient of
             ``weights @ losses`` (``weights`` None: of their sum) afterwards.
         labels: ``[rows]`` int64.
-        ranges, ts, bias, scale, shift: contiguous float32 or None, as in ``multimax_linear_cross_entropy``.
 
     Returns:
         losses ``[rows]`` and sums ``[rows, 4N + 2]`` (zeros without ``gradient``): for each term of sigma the sum of
         gradient * relu**n, for each that of gradient * relu**(n-1), then the gradients of scale and shift.
     """
     rows, vocab = x.shape
+    ts, softcap = problem.ts, problem.softcap
     terms = 0 if ts is None else ts.numel()
     losses = x.new_empty(rows)
     sums = x.new_zeros(rows, 2 * terms + 2)
@@ -58,15 +49,15 @@ def row_losses(
             labels,
             losses,
             sums,
-            ranges,
+            problem.ranges,
             ts,
-            bias,
-            scale,
-            shift,
+            problem.bias,
+            problem.scale,
+            problem.shift,
             weights,
             vocab,
-            ignore_index,
-            label_smoothing,
+            problem.ignore_index,
+            problem.label_smoothing,
             0.0 if softcap is None else softcap,
             ORDER=terms // 2,
             SUMS=2 * terms + 2,

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import RevisionNotFoundError
@@ -28,6 +28,19 @@ RESULTS, CARD, FIGURE = "results.json", "README.md", "modulators.png"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
+class HubOptions(TypedDict, total=False):
+    """Where and how a commit is made."""
+
+    private: bool | None
+    revision: str | None
+    create_pr: bool
+    commit_message: str | None
+    commit_description: str | None
+    token: str | bool | None
+    tags: Iterable[str] | str | None
+    license: str | None
+
+
 def push(
     model: PreTrainedModel,
     repo_id: str,
@@ -35,15 +48,8 @@ def push(
     results: dict[str, Any] | str | PathLike[str] | None = None,
     tokenizer: Any = None,
     image_processor: Any = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    token: str | bool | None = None,
     max_shard_size: int | str = "50GB",
-    tags: Iterable[str] | str | None = None,
-    license: str | None = None,
+    **hub: Unpack[HubOptions],
 ) -> CommitInfo:
     """Publish a MultiMax model in one commit: weights, config, tokenizer, generation config, loader file and card.
 
@@ -74,6 +80,9 @@ def push(
             all, and a branch made for it is removed again; a repository that was created stays, empty.
     """
     _check_model(model)
+    unknown = hub.keys() - HubOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"push has no argument {min(unknown)!r}; there are {', '.join(HubOptions.__annotations__)}")
     for name, part in (("tokenizer", tokenizer), ("image_processor", image_processor)):
         if part is not None and not hasattr(part, "save_pretrained"):
             raise TypeError(f"{name} must be the object, not {part!r}: load it first")
@@ -91,14 +100,7 @@ def push(
             sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
             repo_id,
             tokenizer=image_processor if tokenizer is None else tokenizer,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            token=token,
-            tags=tags,
-            license=license,
+            **hub,
         )
 
 
@@ -109,14 +111,7 @@ def publish(
     repo_id: str,
     *,
     tokenizer: Any = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    token: str | bool | None = None,
-    tags: Iterable[str] | str | None = None,
-    license: str | None = None,
+    **hub: Unpack[HubOptions],
 ) -> CommitInfo:
     """Commit files of a folder that ``model`` was saved in, and the card, which is written beside them.
 
@@ -125,6 +120,7 @@ def publish(
 
     Other arguments, result and exceptions as of :func:`push`.
     """
+    token, tags, license, revision = (hub.get(name) for name in ("token", "tags", "license", "revision"))
     _check_token(token)
     _check_names(repo_id, tags, license)
     files = [file for file in files if file not in (CARD, FIGURE)]
@@ -136,7 +132,7 @@ def publish(
     card_of(existing=_local_card(folder))  # raises for results of another model, before anything is sent
     api = HfApi(token=token, library_name="hf_multimax", library_version=__version__)
     with _way_out(repo_id), contextlib.ExitStack() as stack:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, private=hub.get("private"), exist_ok=True).repo_id
         head = stack.enter_context(_branch(api, repo_id, revision))
         present = {sibling.rfilename for sibling in head.siblings or ()}
         there = ModelCard.load(api.hf_hub_download(repo_id, CARD, revision=head.sha)) if CARD in present else None
@@ -152,10 +148,10 @@ def publish(
                 *(CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in files),
                 *(CommitOperationDelete(path_in_repo=name) for name in stale),
             ],
-            commit_message=commit_message or "Upload MultiMax model",
-            commit_description=commit_description,
+            commit_message=hub.get("commit_message") or "Upload MultiMax model",
+            commit_description=hub.get("commit_description"),
             revision=revision,
-            create_pr=create_pr,
+            create_pr=hub.get("create_pr", False),
             parent_commit=head.sha,  # the card was read there: a commit in between must not be undone
         )
 
