@@ -31,7 +31,7 @@ from transformers import (
 
 from hf_multimax.diagnostics import attention_statistics
 from hf_multimax.models.loader_file import write_loader
-from hf_multimax.normalizers.base import is_patched, multimax_parameters, named_normalizers, whole
+from hf_multimax.normalizers.base import OUTPUT, is_patched, multimax_parameters, named_normalizers, whole
 from hf_multimax.publishing.card import layer_modulators, model_card
 
 __all__ = [
@@ -47,7 +47,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-OUTPUT = "multimax_output"
 CLIPS = ("group", "scale", "global")
 
 
@@ -177,21 +176,25 @@ class MultiMaxTrainerMixin:
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip as ``multimax_clip`` says; returns the norm that is logged, that of the other parameters if any."""
         scalars = {name: p for name, p in multimax_parameters(model).items() if p.grad is not None}
         if self.args.multimax_clip == "global" or not scalars:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         ours = {id(parameter) for parameter in scalars.values()}
         others = [p for p in model.parameters() if p.grad is not None and id(p) not in ours]
-        limit = self.args.max_grad_norm
-        if self.args.multimax_clip == "group":
-            norm = clip_grad_norm_(scalars.values(), self.args.multimax_max_grad_norm or limit)
-            return clip_grad_norm_(others, limit) if others else norm
+        if self.args.multimax_clip == "scale":
+            return self._clip_scaled(scalars, others)
+        norm = clip_grad_norm_(scalars.values(), self.args.multimax_max_grad_norm or self.args.max_grad_norm)
+        return clip_grad_norm_(others, self.args.max_grad_norm) if others else norm
+
+    def _clip_scaled(self, scalars: dict[str, nn.Parameter], others: list[nn.Parameter]) -> Tensor:
+        """One global norm, to which each scalar gives its gradient's size over sqrt(n); it limits all alike."""
         norms = [whole(get_total_norm([p.grad for p in others]))] if others else []
         norms += [whole(get_total_norm([p.grad])) / math.sqrt(self._summed_over(name)) for name, p in scalars.items()]
         norm = torch.linalg.vector_norm(torch.stack([n.float().to(norms[0].device) for n in norms]))
-        clip_grads_with_norm_([*others], limit, norm)
-        clip_grads_with_norm_(scalars.values(), limit, norm)
+        for parameters in (others, scalars.values()):
+            clip_grads_with_norm_([*parameters], self.args.max_grad_norm, norm)
         return norm
 
 

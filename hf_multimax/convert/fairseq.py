@@ -188,20 +188,12 @@ def read_translation(
     scale_embedding: bool = True,
     dropout: float = 0.0,
 ) -> PreTrainedModel:
-    encoder_heads, decoder_heads = (num_heads, num_heads) if isinstance(num_heads, int) else num_heads
-    check_counts(encoder_heads=encoder_heads, decoder_heads=decoder_heads, max_positions=max_positions)
+    heads = (num_heads, num_heads) if isinstance(num_heads, int) else num_heads
+    check_counts(encoder_heads=heads[0], decoder_heads=heads[1], max_positions=max_positions)
     check_activation(activation)
     refuse(weights, _FAIRSEQ_REFUSED)
     refuse(weights, {r"\.embed_positions\.weight$": "the Transformers models have sinusoidal positions"})
-    final_norms = [f"{stack}.layer_norm.weight" in weights for stack in _STACKS]
-    if len(set(final_norms)) > 1:
-        raise ValueError(
-            "only one of 'encoder.layer_norm.weight' and 'decoder.layer_norm.weight' is there: Transformers has no "
-            "model whose encoder and decoder have their norms in different places"
-        )
-    pre_norm = final_norms[0]
-    source, width = shape_of(weights, "encoder.embed_tokens.weight", 2)
-    target, _ = shape_of(weights, "decoder.embed_tokens.weight", 2)
+    pre_norm = _is_pre_norm(weights)
     for stack in _STACKS:
         _take_constants(weights, stack)
     output = weights["decoder.output_projection.weight"] = _take_output(weights)
@@ -212,9 +204,8 @@ def read_translation(
             "'encoder.embed_tokens.weight', 'decoder.embed_tokens.weight' and 'decoder.output_projection.weight' "
             "differ: M2M100, the pre-norm model, has one embedding for all (--share-all-embeddings)"
         )
-    depths = tuple(depth_of(weights, f"{stack}.layers") for stack in _STACKS)
-    settings: dict[str, Any] = {
-        "d_model": width,
+    settings = {
+        "d_model": shape_of(weights, "encoder.embed_tokens.weight", 2)[1],
         "max_position_embeddings": max_positions,
         "activation_function": activation,
         "scale_embedding": scale_embedding,
@@ -223,24 +214,50 @@ def read_translation(
         "decoder_start_token_id": _EOS,
         "tie_word_embeddings": tied,
         **_TOKENS,
+        **_depths_and_widths(weights, heads),
     }
-    for stack, depth, count in zip(_STACKS, depths, (encoder_heads, decoder_heads), strict=True):
+    names = _translation_names(tuple(settings[f"{stack}_layers"] for stack in _STACKS), pre_norm)
+    made = {"model.shared.weight": weights["encoder.embed_tokens.weight"]} if shared else {}
+    if not pre_norm:
+        return _marian(weights, settings, names, made)
+    source, _ = shape_of(weights, "encoder.embed_tokens.weight", 2)
+    config = transformers.M2M100Config(vocab_size=source, **settings)
+    return convert(weights, transformers.M2M100ForConditionalGeneration, config, names, made)
+
+
+def _is_pre_norm(weights: Weights) -> bool:
+    """Whether the norms of both stacks come before their layers, which leaves one at each end."""
+    final_norms = {f"{stack}.layer_norm.weight" in weights for stack in _STACKS}
+    if len(final_norms) > 1:
+        raise ValueError(
+            "only one of 'encoder.layer_norm.weight' and 'decoder.layer_norm.weight' is there: Transformers has no "
+            "model whose encoder and decoder have their norms in different places"
+        )
+    return final_norms.pop()
+
+
+def _depths_and_widths(weights: Weights, heads: tuple[int, int]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for stack, count in zip(_STACKS, heads, strict=True):
+        depth = depth_of(weights, f"{stack}.layers")
         settings |= {f"{stack}_layers": depth, f"{stack}_attention_heads": count, f"{stack}_layerdrop": 0.0}
         settings[f"{stack}_ffn_dim"] = shape_of(weights, f"{stack}.layers.0.fc1.weight", 2)[0]
-    names = _translation_names(depths, pre_norm)
-    shared_weight = {"model.shared.weight": weights["encoder.embed_tokens.weight"]} if shared else {}
-    if pre_norm:
-        config = transformers.M2M100Config(vocab_size=source, **settings)
-        return convert(weights, transformers.M2M100ForConditionalGeneration, config, names, shared_weight)
+    return settings
+
+
+def _marian(weights: Weights, settings: dict[str, Any], names: Names, made: Weights) -> PreTrainedModel:
+    """The post-norm model, which has a table of positions and a bias of the logits."""
+    output, width = weights["decoder.output_projection.weight"], settings["d_model"]
+    (source, _), (target, _) = (shape_of(weights, f"{stack}.embed_tokens.weight", 2) for stack in _STACKS)
     config = transformers.MarianConfig(
         vocab_size=source,
         decoder_vocab_size=target,
-        share_encoder_decoder_embeddings=shared,
+        share_encoder_decoder_embeddings=bool(made),
         forced_eos_token_id=None,
         **settings,
     )
-    table = _sinusoid(max_positions, width, output.dtype)[_PAD + 1 :]
-    made = {f"model.{stack}.embed_positions.weight": table for stack in _STACKS} | shared_weight
+    table = _sinusoid(settings["max_position_embeddings"], width, output.dtype)[_PAD + 1 :]
+    made |= {f"model.{stack}.embed_positions.weight": table for stack in _STACKS}
     made["final_logits_bias"] = output.new_zeros(1, target)
     model = convert(weights, transformers.MarianMTModel, config, names, made)
     model._keys_to_ignore_on_save = set()  # Marian would compute its own positions on loading

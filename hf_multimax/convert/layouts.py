@@ -18,10 +18,9 @@ from transformers.activations import ACT2FN
 
 from hf_multimax.models.discovery import attention_layers
 from hf_multimax.models.patching import patch_model
+from hf_multimax.normalizers.base import OUTPUT
 
 Weights = dict[str, Tensor]
-
-OUTPUT = "multimax_output"
 
 
 @dataclass

@@ -28,13 +28,13 @@ from hf_multimax.models.output import check_output_supported
 from hf_multimax.models.outside import OutsideMixin, outside_class
 from hf_multimax.models.switching import SwitchingMixin, switching_class, switching_modules
 from hf_multimax.normalizers import build_normalizer, get_normalizer
-from hf_multimax.normalizers.base import Normalizer
+from hf_multimax.normalizers.base import LAYER, OUTPUT, Normalizer
 
 __all__ = ["attach", "build_normalizers", "detach", "output_modulator"]
 
 logger = logging.getLogger(__name__)
 
-_FLOAT32 = {"multimax", "multimax_output"}
+_FLOAT32 = {LAYER, OUTPUT}
 #: Set while an output-modulated model runs.
 _OUTPUT_STATE = ("fused_output_loss", "_output_loss_checked", "_output_is_fusible")
 
@@ -67,14 +67,7 @@ def attach(
     kinds = mask_kinds(model, layers, selected.outside)
     masked = {name: kinds.get(id(owner_of(model, name).config)) == ADDITIVE for name in layers}
     eager = {name: owner_of(model, name).config._attn_implementation == "eager" for name in layers}
-    copies = _copies_of_configs(model)
-    held = (layer.config for layer in (*layers.values(), *selected.outside.values()) if hasattr(layer, "config"))
-    parts = [model.config, *held, *(owner_of(model, name).config for name in selected.outside)]
-    replaced = [part for part in {id(part): part for part in parts}.values() if id(part) in copies]
-    implementations = [(copies[id(part)], part._attn_implementation) for part in replaced]
-    for part in replaced:
-        _adapt(copies[id(part)], config, kinds.get(id(part)))
-    copies[id(model.config)].multimax = config.to_dict()
+    copies, implementations = _adapted_configs(model, config, kinds, [*layers.items(), *selected.outside.items()])
     # What accelerate wraps for FSDP2: a modulator is a unit of its own, for its type is not the block's.
     built = [*normalizers.values(), *([output] if output is not None else [])]
     units = {type(normalizer).__name__ for normalizer in built if list(normalizer.parameters())}
@@ -98,7 +91,7 @@ def attach(
     for module, cls in switching.items():
         changes.set(module, "__class__", cls)
     if output is not None:
-        changes.set(model, "multimax_output", output)
+        changes.set(model, OUTPUT, output)
     changes.set(model, "_multimax_stock", {"implementations": implementations, "attributes": stock})
     changes.set(model, "_no_split_modules", {*(model._no_split_modules or ()), *units})
     changes.set(model, "_keep_in_fp32_modules_strict", {*(model._keep_in_fp32_modules_strict or ()), *_FLOAT32})
@@ -107,11 +100,29 @@ def attach(
     changes.set(model, "__class__", generated)
 
 
+def _adapted_configs(
+    model: PreTrainedModel, config: MultiMaxConfig, kinds: dict[int, str], layers: list[tuple[str, nn.Module]]
+) -> tuple[dict[int, PreTrainedConfig], list[tuple[PreTrainedConfig, str]]]:
+    """Copies of all configs in ``model``, by the original's ``id``, those of the layers' owners with our attention.
+
+    Returns:
+        The copies, and those that were adapted with the attention implementation that they had.
+    """
+    copies = _copies_of_configs(model)
+    held = [layer.config for _, layer in layers if hasattr(layer, "config")]
+    parts = [model.config, *held, *(owner_of(model, name).config for name, _ in layers)]
+    adapted = [part for part in {id(part): part for part in parts}.values() if id(part) in copies]
+    for part in adapted:
+        _adapt(copies[id(part)], config, kinds.get(id(part)))
+    copies[id(model.config)].multimax = config.to_dict()
+    return copies, [(copies[id(part)], part._attn_implementation) for part in adapted]
+
+
 def detach(model: PreTrainedModel, changes: Changes) -> None:
     """The inverse of :func:`attach`."""
     stock = model._multimax_stock
     changes.set(model, "__class__", stock_of(type(model)))
-    for name in (*_OUTPUT_STATE, "multimax_output", "_multimax_stock"):
+    for name in (*_OUTPUT_STATE, OUTPUT, "_multimax_stock"):
         changes.delete(model, name)
     for name, value in stock["attributes"].items():
         changes.set(model, name, value)

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from transformers.utils import (
 from hf_multimax.attention.interface import IMPLEMENTATION
 from hf_multimax.config import shown
 from hf_multimax.models.loader_file import AUTO_MAP
-from hf_multimax.normalizers.base import Normalizer, whole
+from hf_multimax.normalizers.base import OUTPUT, Normalizer, whole
 
 __all__ = [
     "MODEL_TYPE",
@@ -264,19 +264,11 @@ def check_loaded(
 ) -> None:
     """Raise ValueError for MultiMax parameters that did not load, and take care of another head's output modulator."""
     mismatched = {item[0]: f"{list(item[1])} instead of {list(item[2])}" for item in info["mismatched_keys"]}
-    missing = {key for key in info["missing_keys"] if is_multimax_key(key)}
-    unexpected = {key for key in info["unexpected_keys"] if is_multimax_key(key) and not _foreign(key, info)}
     modulated = "multimax" in stored and bool(stored["multimax"].get("output"))
-    other_head = modulated and not (hasattr(model, "multimax_output") and _has_that_head(model, info, stored))
-    if other_head:
-        missing, unexpected = ({key for key in keys if not _is_output(key)} for keys in (missing, unexpected))
+    other_head = modulated and not (hasattr(model, OUTPUT) and _has_that_head(model, info, stored))
+    problems = _misfits(info, mismatched, other_head)
     if "multimax" not in stored:
-        missing = set()  # a base checkpoint: they were initialised
-    problems = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": {f"{key}: {mismatched[key]}" for key in mismatched if is_multimax_key(key)},
-    }
+        problems["missing"] = set()  # a base checkpoint: they were initialised
     if any(problems.values()):
         found = "; ".join(f"{what}: {', '.join(sorted(keys))}" for what, keys in problems.items() if keys)
         raise ValueError(f"the MultiMax parameters of {model.name_or_path!r} do not fit its config. {found}")
@@ -287,12 +279,25 @@ def check_loaded(
             f"{'; '.join(f'{key}: {shapes}' for key, shapes in sorted(mismatched.items()))}. "
             "Pass ignore_mismatched_sizes=True to initialise them anew."
         )
-    if other_head and hasattr(model, "multimax_output"):
+    if other_head and hasattr(model, OUTPUT):
         model.multimax_output.reset_parameters()
         logger.warning(
             f"The checkpoint's output modulator belongs to {stored['architectures'][0]}: that of "
             f"{type(model).__name__} is newly initialised."
         )
+
+
+def _misfits(info: dict[str, Any], mismatched: dict[str, str], other_head: bool) -> dict[str, set[str]]:
+    """The names of MultiMax parameters that did not load, by what is wrong; another head's output aside."""
+
+    def ours(keys: Iterable[str]) -> set[str]:
+        return {key for key in keys if is_multimax_key(key) and not (other_head and _is_output(key))}
+
+    return {
+        "missing": ours(info["missing_keys"]),
+        "unexpected": {key for key in ours(info["unexpected_keys"]) if not _foreign(key, info)},
+        "of another shape": {f"{key}: {shapes}" for key, shapes in mismatched.items() if is_multimax_key(key)},
+    }
 
 
 def _has_that_head(model: PreTrainedModel, info: dict[str, Any], stored: dict[str, Any]) -> bool:
@@ -341,7 +346,7 @@ def is_multimax_key(key: str) -> bool:
 
 
 def _is_output(key: str) -> bool:
-    return ".multimax_output." in f".{key}"
+    return f".{OUTPUT}." in f".{key}"
 
 
 def _foreign(key: str, info: dict[str, Any]) -> bool:

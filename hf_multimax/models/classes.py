@@ -42,7 +42,7 @@ from hf_multimax.models.masks import attention_mask
 from hf_multimax.models.output import modulated_forward
 from hf_multimax.models.replacement import check_replacement
 from hf_multimax.normalizers import build_normalizer
-from hf_multimax.normalizers.base import Normalizer, NormalizerSwitch, named_places
+from hf_multimax.normalizers.base import LAYER, OUTPUT, Normalizer, NormalizerSwitch, named_places
 
 __all__ = [
     "MultiMaxAutoConfig",
@@ -106,7 +106,7 @@ class MultiMaxMixin:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Raises ValueError for a ``forward`` that would leave out the output modulator."""
-        if name == "forward" and "multimax_output" in self.__dict__.get("_modules", {}):
+        if name == "forward" and OUTPUT in self.__dict__.get("_modules", {}):
             check_replacement(value, type(self).forward)
         super().__setattr__(name, value)
 
@@ -278,14 +278,14 @@ def model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     @functools.wraps(stock.forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if "multimax_output" not in self._modules:
+        if OUTPUT not in self._modules:
             return stock.forward(self, *args, **kwargs)
         return modulated_forward(self, stock, *args, **kwargs)
 
     namespace = {
         "__init__": __init__,
         "forward": forward,
-        "_keep_in_fp32_modules_strict": {*(stock._keep_in_fp32_modules_strict or ()), "multimax", "multimax_output"},
+        "_keep_in_fp32_modules_strict": {*(stock._keep_in_fp32_modules_strict or ()), LAYER, OUTPUT},
     }
     if stock.config_class is not None:
         namespace["config_class"] = config_class(stock.config_class)

@@ -17,6 +17,7 @@ from hf_multimax.models.discovery import find_layers
 from hf_multimax.models.divergence import watch
 from hf_multimax.models.doors import patched_parts
 from hf_multimax.normalizers.base import (
+    OUTPUT,
     Normalizer,
     NormalizerSwitch,
     is_patched,
@@ -32,8 +33,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-OUTPUT = "multimax_output"
 
 
 def patch_model(model: PreTrainedModel, config: MultiMaxConfig | None = None, **overrides: Any) -> PreTrainedModel:

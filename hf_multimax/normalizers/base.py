@@ -12,7 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from hf_multimax.functional import compute_dtype, masked_softmax, modulate
 
-__all__ = ["MultiMax", "Normalizer", "NormalizerSwitch", "is_patched", "multimax_parameters"]
+__all__ = ["LAYER", "OUTPUT", "MultiMax", "Normalizer", "NormalizerSwitch", "is_patched", "multimax_parameters"]
+
+#: What a normalizer is called in its attention layer, and that of the output logits in the model; in files, too.
+LAYER, OUTPUT = "multimax", "multimax_output"
 
 
 class Normalizer(nn.LayerNorm):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.models.attachment import build_normalizers, output_modulator
-from hf_multimax.models.patching import OUTPUT
+from hf_multimax.normalizers.base import OUTPUT
 
 __all__ = ["KEY_PREFIX", "SHARED_FIELDS", "check_finite_scalars", "check_same", "check_scalars", "place_of"]
 

@@ -14,8 +14,8 @@ from hf_multimax.models.changes import Changes
 from hf_multimax.models.checkpointing import keep_gradients
 from hf_multimax.models.classes import registered_model_class
 from hf_multimax.models.divergence import watch
-from hf_multimax.models.patching import OUTPUT, patch_model, unpatch_model
-from hf_multimax.normalizers.base import Normalizer, StockSoftMax, is_patched, named_places
+from hf_multimax.models.patching import patch_model, unpatch_model
+from hf_multimax.normalizers.base import OUTPUT, Normalizer, StockSoftMax, is_patched, named_places
 from hf_multimax.peft.config import MultiMaxAdapterConfig, patch_config
 from hf_multimax.peft.fit import check_same, place_of
 from hf_multimax.peft.layer import MultiMaxLayer

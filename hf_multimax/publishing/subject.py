@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.normalizers import get_normalizer, registered_normalizers
 from hf_multimax.normalizers.base import (
+    OUTPUT,
     MultiMax,
     Normalizer,
     is_patched,
@@ -21,8 +22,6 @@ from hf_multimax.normalizers.base import (
 from hf_multimax.publishing.results import MEASURES, Arm, Results, one_line
 
 __all__ = ["Subject", "find_subject", "layer_modulators", "modulator_of", "stock_name"]
-
-_OUTPUT = "multimax_output"
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Subject:
     def _where(self) -> str:
         places = []
         if self.config.attention:
-            count = sum(name != _OUTPUT for name in self.layers)
+            count = sum(name != OUTPUT for name in self.layers)
             chosen = self.config.patterns("include") or self.config.patterns("exclude")
             layers = f"{count} attention layer{'' if count == 1 else 's'}" if self.layers else "attention"
             places.append(f"{layers}{' (some, chosen by name)' if chosen else ''}")
