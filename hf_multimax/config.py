@@ -30,6 +30,11 @@ class MultiMaxConfig:
     """How the SoftMax of a model is replaced. Nothing here is about hardware: see :func:`hf_multimax.backend`.
 
     Every field is checked when the object is made; a wrong value raises ValueError and an unknown name TypeError.
+
+    Example:
+        >>> from hf_multimax import MultiMaxConfig
+        >>> MultiMaxConfig(per_head=True).replace(order=1).order
+        1
     """
 
     normalizer: str = _option("multimax", "name of a registered normalizer that takes SoftMax's place in attention")

@@ -41,6 +41,13 @@ def modulate(x: Tensor, ranges: Tensor, ts: Tensor, affine: Affine | None = None
     Raises:
         ValueError: if the shapes of ``ranges`` and ``ts`` differ or fit neither ``[2N]`` nor ``[heads, 2N]``.
         TypeError: if ``x`` is not floating point.
+
+    Example:
+        >>> import torch
+        >>> from hf_multimax import modulate
+        >>> ranges, ts = torch.tensor([0.0, 1.0]), torch.tensor([-1.0, 0.5])  # below 0 twice as far, above 1 half again
+        >>> modulate(torch.tensor([-1.0, 0.5, 2.0]), ranges, ts).tolist()
+        [-2.0, 0.5, 2.5]
     """
     out = _modulate(x.to(compute_dtype(_checked(x, ranges, ts, affine))), ranges, ts, affine)
     return out.to(x.dtype)
@@ -67,6 +74,14 @@ def multimax(
 
     Raises:
         ValueError, TypeError: as :func:`modulate`; TypeError for a mask that is not boolean.
+
+    Example:
+        >>> import torch
+        >>> from hf_multimax import multimax
+        >>> ranges, ts = torch.tensor([0.0, 1.0]), torch.tensor([-1.0, 0.5])
+        >>> p = multimax(torch.tensor([2.0, 1.0, 0.5]), ranges, ts, mask=torch.tensor([True, True, False]))
+        >>> [round(value, 3) for value in p.tolist()]
+        [0.818, 0.182, 0.0]
     """
     dtype = compute_dtype(_checked(x, ranges, ts, affine))
     return masked_softmax(_modulate(x.to(dtype), ranges, ts, affine), dim, mask).to(x.dtype)

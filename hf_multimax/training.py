@@ -270,6 +270,16 @@ def parameter_groups(
 
     Returns:
         Groups of trainable parameters: decayed, not decayed, MultiMax's; empty ones are left out.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> from hf_multimax import parameter_groups, patch_model
+        >>> model = patch_model(AutoModelForCausalLM.from_pretrained("gpt2"))
+        >>> groups = parameter_groups(model, weight_decay=0.1, multimax_learning_rate=1e-2)
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-4)
+        >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        [(0.0001, 0.1), (0.0001, 0.0), (0.01, 0.0)]
     """
     scalars = {id(p) for p in multimax_parameters(model).values()}
     trained = [p for p in model.parameters() if p.requires_grad]

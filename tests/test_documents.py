@@ -1,8 +1,10 @@
 """README, CONTRIBUTING and docs/: every Python block runs, word for word and in order, and what they name exists."""
 
 import dataclasses
+import doctest
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -15,6 +17,7 @@ from hub_server import TOKEN, HubServer
 from models import make
 
 from hf_multimax import MultiMaxConfig
+from hf_multimax.normalizers import registry
 from hf_multimax.normalizers.registry import get_normalizer, registered_normalizers
 from recipes.shared.tokens import train_tokenizer
 
@@ -87,6 +90,37 @@ def test_every_python_block_runs(tmp_path):
     assert "transformer.h.0.attn.multimax.ranges" in done.stdout
     assert "multimax params: " in done.stdout
     assert (tmp_path / "README" / "gpt2-multimax" / "model.safetensors").exists()
+
+
+#: Public names whose use is on the pages: it needs a Hub, several processes, a Trainer, or a folder of results.
+NO_EXAMPLE = {"Option", "Learned", "Normalizer", "SparsityAnnealing", "push", "shard_modulators"}
+
+
+def public_objects() -> dict[str, object]:
+    names = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), flags=re.MULTILINE)
+    found = {}
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        found[name] = getattr(importlib.import_module(module), attribute) if attribute[0] != "_" else None
+    return found
+
+
+def test_examples_of_docstrings_run(tmp_path, monkeypatch):
+    """In a folder where "gpt2" is a tiny model."""
+    make("GPT2LMHeadModel", n_layer=6, vocab_size=300).save_pretrained(tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    finder, without = doctest.DocTestFinder(recurse=False), set()
+    for name, value in public_objects().items():
+        if not (inspect.isfunction(value) or inspect.isclass(value)):
+            continue
+        tests = [test for test in finder.find(value, name, globs={}) if test.examples]
+        if not tests and not any(part in name for part in ("training.", "diagnostics.", "plots.")):
+            without.add(name.rpartition(".")[2])
+        for test in tests:
+            failed, _ = doctest.DocTestRunner(verbose=False).run(test)
+            assert not failed, name
+    assert without <= NO_EXAMPLE, without
 
 
 def test_the_config_table_is_the_config():

@@ -44,6 +44,12 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: for an unknown name.
+
+    Example:
+        >>> from hf_multimax import backend, current_backend
+        >>> with backend("eager"):
+        ...     current_backend()
+        'eager'
     """
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(NAMES)}")
@@ -55,7 +61,13 @@ def backend(name: str) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """The name that the innermost :func:`backend` block of this thread or task chose, ``"auto"`` outside of any."""
+    """The name that the innermost :func:`backend` block of this thread or task chose, ``"auto"`` outside of any.
+
+    Example:
+        >>> from hf_multimax import current_backend
+        >>> current_backend()
+        'auto'
+    """
     if torch.compiler.is_dynamo_compiling() and choice.traced:
         return choice.traced[-1]
     return choice.name

@@ -59,6 +59,14 @@ def from_authors(checkpoint: Mapping[str, Tensor] | str | Path, layout: str, **h
         ValueError: for a key that is missing, left over or of another shape, for a part that the Transformers model
             does not have, naming it, for an impossible hyperparameter, an unknown layout or an unreadable file.
         TypeError: for a missing or unknown hyperparameter, or a value of the checkpoint that is no tensor.
+
+    Example:
+        >>> from transformers import AutoConfig, AutoModelForCausalLM
+        >>> from hf_multimax import is_patched, patch_model
+        >>> from hf_multimax.convert import from_authors, to_authors
+        >>> weights = to_authors(patch_model(AutoModelForCausalLM.from_pretrained("gpt2"), output=True), "lm-head")
+        >>> is_patched(from_authors(weights, "lm-head", config=AutoConfig.from_pretrained("gpt2")))
+        True
     """
     read = _layout(layout).read
     weights = read_file(checkpoint) if isinstance(checkpoint, str | Path) else dict(checkpoint)
@@ -78,6 +86,15 @@ def to_authors(model: PreTrainedModel, layout: str) -> Weights:
     Raises:
         ValueError: if ``model`` is no MultiMax model of the class that the layout belongs to, or has a parameter that
             the layout has no place for, naming it.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from hf_multimax import patch_model
+        >>> from hf_multimax.convert import from_authors, to_authors
+        >>> model = patch_model(AutoModelForCausalLM.from_pretrained("gpt2"), output=True)
+        >>> weights = to_authors(model, "lm-head")
+        >>> weights["lm_head.multimax_ts"].tolist()
+        [0.0, 0.0, 0.0, 0.0]
     """
     entry = _layout(layout)
     if not is_patched(model):

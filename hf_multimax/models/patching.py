@@ -54,6 +54,16 @@ def patch_model(model: PreTrainedModel, config: MultiMaxConfig | None = None, **
         TypeError: if ``model`` is no PreTrainedModel, or an override no field of the config.
         ValueError: if the model is patched already, has nothing that the config asks to replace, or does something
             that MultiMax does not support. The model is then as it was.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> from hf_multimax import patch_model
+        >>> model = AutoModelForCausalLM.from_pretrained("gpt2")
+        >>> before = model(torch.tensor([[1, 2, 3]])).logits
+        >>> model = patch_model(model, per_head=True)
+        >>> torch.allclose(model(torch.tensor([[1, 2, 3]])).logits, before, atol=1e-5)
+        True
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -147,6 +157,13 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ValueError: if ``model`` is not patched.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from hf_multimax import is_patched, patch_model, unpatch_model
+        >>> model = patch_model(AutoModelForCausalLM.from_pretrained("gpt2"))
+        >>> is_patched(unpatch_model(model))
+        False
     """
     if not is_patched(model):
         raise ValueError(f"this {type(model).__name__} is not a MultiMax model: there is nothing to unpatch")
@@ -162,6 +179,13 @@ def freeze_base(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: if ``model`` has none.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from hf_multimax import freeze_base, patch_model
+        >>> model = patch_model(AutoModelForCausalLM.from_pretrained("gpt2"))
+        >>> sum(p.numel() for p in freeze_base(model).parameters() if p.requires_grad)  # eight scalars in six layers
+        48
     """
     ours = multimax_parameters(model)
     if not ours:
@@ -172,7 +196,15 @@ def freeze_base(model: nn.Module) -> nn.Module:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many parameters are trained, how many there are, and how many are MultiMax's own."""
+    """Print how many parameters are trained, how many there are, and how many are MultiMax's own.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from hf_multimax import freeze_base, patch_model, print_trainable_parameters
+        >>> model = patch_model(AutoModelForCausalLM.from_pretrained("gpt2"))
+        >>> print_trainable_parameters(freeze_base(model))  # doctest: +ELLIPSIS
+        trainable params: 48 || all params: ...
+    """
     parameters = list(model.parameters())
     everything = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)

@@ -68,7 +68,15 @@ class Normalizer(nn.LayerNorm):
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether ``model`` is a MultiMax model: patched by ``patch_model``, or loaded from a MultiMax checkpoint."""
+    """Whether ``model`` is a MultiMax model: patched by ``patch_model``, or loaded from a MultiMax checkpoint.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from hf_multimax import is_patched, patch_model
+        >>> model = AutoModelForCausalLM.from_pretrained("gpt2")
+        >>> is_patched(model), is_patched(patch_model(model))
+        (False, True)
+    """
     return getattr(type(model), "_is_multimax_model", False)
 
 
@@ -79,6 +87,13 @@ def multimax_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         TypeError: if ``model`` is no module.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from hf_multimax import multimax_parameters, patch_model
+        >>> model = patch_model(AutoModelForCausalLM.from_pretrained("gpt2"))
+        >>> list(multimax_parameters(model))[:2]
+        ['transformer.h.0.attn.multimax.ranges', 'transformer.h.0.attn.multimax.ts']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, got {type(model).__name__}")
@@ -105,6 +120,14 @@ class MultiMax(Normalizer):
 
     Raises:
         ValueError: for an impossible argument.
+
+    Example:
+        >>> import torch
+        >>> from hf_multimax import MultiMax
+        >>> normalizer = MultiMax(order=2)
+        >>> scores = torch.tensor([2.0, 1.0, 0.0])
+        >>> torch.equal(normalizer(scores), scores.softmax(-1))  # the identity start
+        True
     """
 
     def __init__(

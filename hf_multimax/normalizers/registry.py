@@ -142,6 +142,13 @@ def register_normalizer(
 
     Raises:
         ValueError: if ``name`` is taken, or the function does not take ``(x, dim=..., mask=...)``.
+
+    Example:
+        >>> import torch
+        >>> from hf_multimax import normalize, register_normalizer, rowwise
+        >>> spec = register_normalizer("halved", rowwise(lambda x, keep, factor=0.5: (factor * x).softmax(-1)))
+        >>> torch.allclose(normalize("halved", torch.tensor([2.0, 0.0])), torch.tensor([1.0, 0.0]).softmax(-1))
+        True
     """
     if name in _REGISTRY:
         raise ValueError(f"a normalizer called {name!r} is registered already")
@@ -172,7 +179,13 @@ def get_normalizer(name: str) -> NormalizerSpec:
 
 
 def registered_normalizers() -> tuple[str, ...]:
-    """The names of all registered normalizers, in alphabetical order."""
+    """The names of all registered normalizers, in alphabetical order.
+
+    Example:
+        >>> from hf_multimax import registered_normalizers
+        >>> {"entmax15", "multimax", "softmax", "sparsemax"} <= set(registered_normalizers())
+        True
+    """
     return tuple(sorted(_REGISTRY))
 
 
@@ -196,6 +209,12 @@ def normalize(
     Raises:
         ValueError: for an unknown name, or an impossible value of an option. TypeError: for an option that the
             normalizer does not have, or lacks, and for scores or a mask of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from hf_multimax import normalize
+        >>> normalize("sparsemax", torch.tensor([2.0, 1.5, -1.0])).tolist()
+        [0.75, 0.25, 0.0]
     """
     spec = get_normalizer(name)
     options = spec.complete(options)
@@ -207,7 +226,13 @@ def normalize(
 
 
 def build_normalizer(config: MultiMaxConfig, num_heads: int | None) -> Normalizer:
-    """The module that ``config`` asks for; ValueError if its normalizer or an option of it is impossible."""
+    """The module that ``config`` asks for; ValueError if its normalizer or an option of it is impossible.
+
+    Example:
+        >>> from hf_multimax import MultiMaxConfig, build_normalizer
+        >>> build_normalizer(MultiMaxConfig(normalizer="rsoftmax", normalizer_kwargs={"sparsity": 0.3}), None)
+        FunctionNormalizer(rsoftmax, sparsity=0.3)
+    """
     return get_normalizer(config.normalizer).module(config, num_heads)
 
 
@@ -221,6 +246,13 @@ def rowwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     Returns:
         ``(x, dim=-1, mask=None, training=False, **options)``, as :func:`register_normalizer` takes it: any dimension
         and floating type, zeros where masked and in rows that keep nothing, NaN in rows that keep NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> from hf_multimax import rowwise
+        >>> squared = rowwise(lambda x, keep: x.softmax(-1) ** 2 / (x.softmax(-1) ** 2).sum(-1, keepdim=True))
+        >>> squared(torch.zeros(4), mask=torch.tensor([True, True, False, False])).tolist()
+        [0.5, 0.5, 0.0, 0.0]
     """
     takes_training = _takes_training(function)
 
