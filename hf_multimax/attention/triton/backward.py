@@ -116,6 +116,7 @@ def dq_kernel(
     float32 at the end, in half precision, where that would spill registers, by a second sweep over the keys wherever
     slopes may be steep.
     """
+    # 1. which head, which queries
     pid = tl.program_id(0)
     stream = pid // blocks
     batch, head = stream // heads, stream % heads
@@ -130,6 +131,7 @@ def dq_kernel(
     modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
     affine = load_affine(affine_scale, affine_shift, head, s_head)
 
+    # 2. the rows' queries, gradients and norms, and delta as rounding leaves it
     rows = m0 + tl.arange(0, BLOCK_M)
     q_base = head_base(q, s_q, batch, head)
     q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
@@ -163,6 +165,7 @@ def dq_kernel(
     height = tl.abs(norm[0])
     shifted = (norm[0] - clamp_constant(modulator),) if NEAR else norm
     steep = tl.max(tl.where(height < float("inf"), height, 0.0), 0) > STEEP
+    # 3. over the keys: p again, its gradient, through sigma's slope to dq; once more where delta was too rough
     for sweep in tl.static_range(SWEEPS):
         if steep | (sweep == 0):
             row_delta = true_delta.to(tl.float32)
@@ -210,6 +213,7 @@ def dq_kernel(
                             lever += dot(p * slope, k_tile, UPCAST)
             true_delta = excess + row_delta * kept
 
+    # 4. store delta for the other kernels, and dq
     delta = head_base(delta, s_row, batch, head)
     tl.store(delta + rows, true_delta, mask=rows < n_rows)
     if EXACT:
@@ -281,6 +285,7 @@ def dkdv_kernel(
     AFFINE: tl.constexpr = affine_scale is not None
     CHECK: tl.constexpr = peaks is not None or bias is not None
     COUNT: tl.constexpr = 4 * ORDER + 2 * (affine_scale is not None)
+    # 1. which key head, which keys
     pid = tl.program_id(0)
     pair = pid // blocks
     key_heads = heads // group
@@ -294,6 +299,7 @@ def dkdv_kernel(
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     bounds = query_bounds(n0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
+    # 2. over the query heads of the group
     for member in range(group):
         head = key_head * group + member
         stream = batch * heads + head
@@ -307,6 +313,7 @@ def dkdv_kernel(
         head_mask = head_base(mask, s_mask, batch, head)
         head_bias = head_base(bias, s_bias, batch, head)
         sums = zero_sums(BLOCK_N, SUM, COUNT)
+        # 3. over the queries: p and its gradient again, to dv, dk and the scalars' sums
         for phase in tl.static_range(3):
             if phase == 1 or window is not None or (phase == 0 and CAUSAL):
                 for m0 in range(bounds[phase], bounds[phase + 1], BLOCK_M):
@@ -359,6 +366,7 @@ def dkdv_kernel(
             place = (tl.cast(stream, tl.int64) * blocks + pid % blocks) * COUNT
             _store_scalar_gradients(partial + place, sums, cols < n_cols, modulator, AFFINE, ORDER)
 
+    # 4. store
     dk_base = head_base(dk, s_dk, batch, key_head)
     dv_base = head_base(dv, s_dv, batch, key_head)
     store_rows(dk_base, n0, n_cols, s_dk, acc_k * scale, BLOCK_N, D, BLOCK_D)

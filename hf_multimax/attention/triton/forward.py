@@ -75,7 +75,8 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One program per tile of queries of one head: running softmax over its keys."""
+    """One program per tile of queries of one head: running softmax over its keys. Arguments: see the package."""
+    # 1. which head, which queries
     pid = tl.program_id(0)
     stream = pid // blocks
     batch, head = stream // heads, stream % heads
@@ -92,6 +93,7 @@ def forward_kernel(
     left_out = clamp_constant(modulator) if NEAR else 0.0
     CHECK: tl.constexpr = bias is not None or peaks is not None
 
+    # 2. the queries, and an empty softmax (with the sink in it)
     rows = m0 + tl.arange(0, BLOCK_M)
     q_base = head_base(q, s_q, batch, head)
     q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
@@ -103,6 +105,7 @@ def forward_kernel(
         peak = tl.full([BLOCK_M], 0.0, tl.float32) + sink
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
 
+    # 3. over the keys: score, sigma, mask, exponential, product with v
     bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
     # tiles before, inside and after the band in which every key is visible to every query
     for phase in tl.static_range(3):
@@ -130,6 +133,7 @@ def forward_kernel(
                 acc = acc * shrink[:, None] + dot(p.to(v_tile.dtype), v_tile, UPCAST)
                 peak = new_peak
 
+    # 4. divide, store the rows and what they were divided by
     empty = total == 0.0
     acc *= (keep_scale / tl.where(empty, 1.0, total))[:, None]
     o_base = head_base(o, s_o, batch, head)
@@ -190,6 +194,7 @@ def decode_kernel(
     Writes the unnormalised output ``partial`` [B, H, Nq, splits, Dv] and each row's running peaks and totals
     [B, H, Nq, splits].
     """
+    # 1. which key head, which rows, which share of the keys
     pid = tl.program_id(0)
     split = pid % splits
     block = pid // splits % blocks
@@ -207,13 +212,14 @@ def decode_kernel(
     modulator = load_modulator(ranges + (head * s_head[0])[:, None], ts + (head * s_head[0])[:, None], ORDER, NEAR)
     affine = load_affine(affine_scale, affine_shift, head[:, None], s_head)
 
+    # 2. the queries, and an empty softmax
     depth = tl.arange(0, BLOCK_D)
     q_rows = head_base(q, s_q, batch, head) + tl.cast(rows, tl.int64) * s_q[2]
     q_tile = tl.load(q_rows[:, None] + depth[None, :] * s_q[3], mask=exists[:, None] & (depth[None, :] < D), other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    # the band that any of these queries sees, shared out in whole tiles
+    # 3. over this share of the band that any of these queries sees, in whole tiles
     band = key_bounds(0, n_rows, n_cols, window, CAUSAL, n_rows, BLOCK_N)
     share = tl.cdiv(tl.cdiv(band[3] - band[0], BLOCK_N), splits) * BLOCK_N
     lo = band[0] + split * share
@@ -237,6 +243,7 @@ def decode_kernel(
         acc = acc * shrink[:, None] + dot(p.to(v_tile.dtype), v_tile, UPCAST)
         peak = new_peak
 
+    # 4. store what combine_kernel joins
     place = (tl.cast(batch * heads + head, tl.int64) * n_rows + rows) * splits + split
     depth_v = tl.arange(0, BLOCK_DV)
     tl.store(partial + place[:, None] * DV + depth_v[None, :], acc, mask=exists[:, None] & (depth_v[None, :] < DV))
