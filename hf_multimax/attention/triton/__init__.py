@@ -1,7 +1,7 @@
 """Attention on GPUs in Triton: flash attention with sigma between the scores and the softmax.
 
 ``backend.py`` is the backend, ``launch.py`` picks tiles and launches, the kernels are in ``forward.py``,
-``backward.py`` and ``bias.py``, and ``common.py`` is what they share. They also run on CPU tensors in Triton's interpreter.
+``backward.py`` and ``bias.py``, and ``common.py`` is what they share. They run in Triton's interpreter, too.
 
 What a call becomes, for B = 2, H = 8, Hkv = 2, Nq = Nk = 1000, D = Dv = 64 in bfloat16, order 2, causal::
 
