@@ -13,8 +13,8 @@ What a call becomes, for B = 2, H = 8, Hkv = 2, Nq = Nk = 1000, D = Dv = 64 in b
 A call with at most 16 queries per head (decoding) runs ``decode_kernel`` instead, 2 * 2 key heads times as many shares
 of the keys as fill the processors, then ``combine_kernel``, one program per query.
 
-The kernels' arguments, in their order. Pointers are None where the call does not have them, which compiles their code
-away; every tensor is read through its strides and may have any.
+The kernels' arguments: those of ``Inputs`` in ``common.py``, which all take as ``call``, and each one's own. Pointers
+are None where the call does not have them, which compiles their code away; tensors are read through their strides.
 
 =====================  ===============================  ================================================================
 q, k, v                [B, H, Nq, D], [B, Hkv, Nk, D],  inputs, in the type of storage

@@ -55,9 +55,7 @@ def _total(sums, exists):
 
 @triton.jit
 def dq_kernel(
-    q,
-    k,
-    v,
+    call,
     o,
     residual,
     do,
@@ -65,47 +63,14 @@ def dq_kernel(
     peaks,
     totals,
     delta,
-    ranges,
-    ts,
-    affine_scale,
-    affine_shift,
     sinks,
-    mask,
-    bias,
-    seed,
-    s_q,
-    s_k,
-    s_v,
     s_o,
     s_do,
     s_dq,
     s_row,
-    s_mask,
-    s_bias,
-    s_head,
-    heads,
-    group,
-    n_rows,
-    n_cols,
     blocks,
-    threshold,
-    keep_scale,
-    scale,
-    softcap,
-    window,
-    ORDER: tl.constexpr,
-    NEAR: tl.constexpr,
-    MASK_MIN: tl.constexpr,
-    MASK_BY_ROW: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """One program per tile of queries of one head: dq and delta.
 
@@ -119,33 +84,33 @@ def dq_kernel(
     # 1. which head, which queries
     pid = tl.program_id(0)
     stream = pid // blocks
-    batch, head = stream // heads, stream % heads
+    batch, head = stream // call.heads, stream % call.heads
     block = pid % blocks
-    if CAUSAL:
+    if call.CAUSAL:
         block = blocks - 1 - block  # the longest rows first
     m0 = block * BLOCK_M
-    k = head_base(k, s_k, batch, head // group)
-    v = head_base(v, s_v, batch, head // group)
-    mask = head_base(mask, s_mask, batch, head)
-    bias = head_base(bias, s_bias, batch, head)
-    modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
-    affine = load_affine(affine_scale, affine_shift, head, s_head)
+    k = head_base(call.k, call.s_k, batch, head // call.group)
+    v = head_base(call.v, call.s_v, batch, head // call.group)
+    mask = head_base(call.mask, call.s_mask, batch, head)
+    bias = head_base(call.bias, call.s_bias, batch, head)
+    modulator = load_modulator(call, head)
+    affine = load_affine(call, head)
 
     # 2. the rows' queries, gradients and norms, and delta as rounding leaves it
     rows = m0 + tl.arange(0, BLOCK_M)
-    q_base = head_base(q, s_q, batch, head)
-    q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
+    q_base = head_base(call.q, call.s_q, batch, head)
+    q_tile = load_rows(q_base, m0, call.n_rows, call.s_q, BLOCK_M, call.D, call.BLOCK_D, True)
     o_base = head_base(o, s_o, batch, head)
-    o_tile = load_rows(o_base, m0, n_rows, s_o, BLOCK_M, DV, BLOCK_DV, True)
+    o_tile = load_rows(o_base, m0, call.n_rows, s_o, BLOCK_M, call.DV, call.BLOCK_DV, True)
     do_base = head_base(do, s_do, batch, head)
-    do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
+    do_tile = load_rows(do_base, m0, call.n_rows, s_do, BLOCK_M, call.DV, call.BLOCK_DV, True)
     peaks = head_base(peaks, s_row, batch, head)
     totals = head_base(totals, s_row, batch, head)
-    norm = load_norm(peaks, totals, rows, n_rows)
+    norm = load_norm(peaks, totals, rows, call.n_rows)
     output = o_tile.to(tl.float32)
     if residual is not None:
         residual = head_base(residual, s_o, batch, head)
-        output += load_rows(residual, m0, n_rows, s_o, BLOCK_M, DV, BLOCK_DV, True).to(tl.float32)
+        output += load_rows(residual, m0, call.n_rows, s_o, BLOCK_M, call.DV, call.BLOCK_DV, True).to(tl.float32)
     row_delta = tl.sum(output * do_tile.to(tl.float32), 1)
 
     kept = 1.0
@@ -159,74 +124,63 @@ def dq_kernel(
     SUM: tl.constexpr = tl.float64 if EXACT else tl.float32
     SWEEPS: tl.constexpr = 1 if EXACT else 2
     true_delta = row_delta.to(SUM)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    lever = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, call.BLOCK_D], tl.float32)
+    lever = tl.zeros([BLOCK_M, call.BLOCK_D], tl.float32)
+    bounds = key_bounds(m0, call, BLOCK_M, BLOCK_N)
     height = tl.abs(norm[0])
-    shifted = (norm[0] - clamp_constant(modulator),) if NEAR else norm
+    shifted = (norm[0] - clamp_constant(modulator),) if call.NEAR else norm
     steep = tl.max(tl.where(height < float("inf"), height, 0.0), 0) > STEEP
     # 3. over the keys: p again, its gradient, through sigma's slope to dq; once more where delta was too rough
     for sweep in tl.static_range(SWEEPS):
         if steep | (sweep == 0):
             row_delta = true_delta.to(tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            acc = tl.zeros([BLOCK_M, call.BLOCK_D], tl.float32)
             excess = tl.zeros([BLOCK_M], SUM)
             for phase in tl.static_range(3):
-                if phase > 0 or window is not None:
+                if phase > 0 or call.window is not None:
                     for n0 in range(bounds[phase], bounds[phase + 1], BLOCK_N):
                         cols = n0 + tl.arange(0, BLOCK_N)
-                        k_tile = load_rows(k, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, phase != 1)
-                        v_tile = load_rows(v, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, phase != 1)
-                        qk = dot(q_tile, tl.trans(k_tile), UPCAST)
+                        k_tile = load_rows(k, n0, call.n_cols, call.s_k, BLOCK_N, call.D, call.BLOCK_D, phase != 1)
+                        v_tile = load_rows(v, n0, call.n_cols, call.s_v, BLOCK_N, call.DV, call.BLOCK_DV, phase != 1)
+                        qk = dot(q_tile, tl.trans(k_tile), call.UPCAST)
                         p, x, y, slope, chain = probabilities(
                             qk,
                             broadcast_norm(shifted, False),
-                            (rows[:, None], cols[None, :], n_rows, n_cols),
+                            (rows[:, None], cols[None, :], call.n_rows, call.n_cols),
                             modulator,
                             affine,
-                            scale,
-                            softcap,
-                            window,
+                            call,
                             mask,
-                            s_mask,
                             bias,
-                            s_bias,
-                            ORDER,
-                            MASK_MIN,
-                            MASK_BY_ROW,
-                            BIAS_BY_ROW,
-                            CAUSAL,
                             EXACT or bias is not None,
                             phase != 1,
                             phase != 1,
-                            NEAR,
+                            call.NEAR,
                         )
-                        dp = dot(do_tile, tl.trans(v_tile), UPCAST)
-                        if seed is not None:
-                            keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, False, BLOCK_N)
-                            dp = tl.where(keep, dp * keep_scale, 0.0)
+                        dp = dot(do_tile, tl.trans(v_tile), call.UPCAST)
+                        if call.seed is not None:
+                            keep = dropout_keep(tl.load(call.seed), call.threshold, rows, n0, stream, False, BLOCK_N)
+                            dp = tl.where(keep, dp * call.keep_scale, 0.0)
                         g = p * (dp - row_delta[:, None])
                         excess += tl.sum(g.to(SUM), 1)
                         slope *= chain[1]
-                        acc += dot((g * slope).to(k_tile.dtype), k_tile, UPCAST)
+                        acc += dot((g * slope).to(k_tile.dtype), k_tile, call.UPCAST)
                         if EXACT:
-                            lever += dot(p * slope, k_tile, UPCAST)
+                            lever += dot(p * slope, k_tile, call.UPCAST)
             true_delta = excess + row_delta * kept
 
     # 4. store delta for the other kernels, and dq
     delta = head_base(delta, s_row, batch, head)
-    tl.store(delta + rows, true_delta, mask=rows < n_rows)
+    tl.store(delta + rows, true_delta, mask=rows < call.n_rows)
     if EXACT:
         acc -= (true_delta - row_delta).to(tl.float32)[:, None] * lever
     dq_base = head_base(dq, s_dq, batch, head)
-    store_rows(dq_base, m0, n_rows, s_dq, acc * scale, BLOCK_M, D, BLOCK_D)
+    store_rows(dq_base, m0, call.n_rows, s_dq, acc * call.scale, BLOCK_M, call.D, call.BLOCK_D)
 
 
 @triton.jit
 def dkdv_kernel(
-    q,
-    k,
-    v,
+    call,
     do,
     dk,
     dv,
@@ -234,46 +188,13 @@ def dkdv_kernel(
     peaks,
     totals,
     delta,
-    ranges,
-    ts,
-    affine_scale,
-    affine_shift,
-    mask,
-    bias,
-    seed,
-    s_q,
-    s_k,
-    s_v,
     s_do,
     s_dk,
     s_dv,
     s_row,
-    s_mask,
-    s_bias,
-    s_head,
-    heads,
-    group,
-    n_rows,
-    n_cols,
     blocks,
-    threshold,
-    keep_scale,
-    scale,
-    softcap,
-    window,
-    ORDER: tl.constexpr,
-    NEAR: tl.constexpr,
-    MASK_MIN: tl.constexpr,
-    MASK_BY_ROW: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """One program per tile of keys of one key head, over the queries of every head of its group.
 
@@ -282,92 +203,83 @@ def dkdv_kernel(
     Tiles are held transposed, [keys, queries], so that neither product needs its left operand turned.
     """
     SUM: tl.constexpr = tl.float32 if peaks is None else tl.float64
-    AFFINE: tl.constexpr = affine_scale is not None
-    CHECK: tl.constexpr = peaks is not None or bias is not None
-    COUNT: tl.constexpr = 4 * ORDER + 2 * (affine_scale is not None)
+    AFFINE: tl.constexpr = call.affine_scale is not None
+    CHECK: tl.constexpr = peaks is not None or call.bias is not None
+    COUNT: tl.constexpr = 4 * call.ORDER + 2 * (call.affine_scale is not None)
     # 1. which key head, which keys
     pid = tl.program_id(0)
     pair = pid // blocks
-    key_heads = heads // group
+    key_heads = call.heads // call.group
     batch, key_head = pair // key_heads, pair % key_heads
     n0 = pid % blocks * BLOCK_N
     cols = n0 + tl.arange(0, BLOCK_N)
-    k_base = head_base(k, s_k, batch, key_head)
-    v_base = head_base(v, s_v, batch, key_head)
-    k_tile = load_rows(k_base, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, True)
-    v_tile = load_rows(v_base, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, True)
-    acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    bounds = query_bounds(n0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
-    # 2. over the query heads of the group
-    for member in range(group):
-        head = key_head * group + member
-        stream = batch * heads + head
-        q_base = head_base(q, s_q, batch, head)
+    k_base = head_base(call.k, call.s_k, batch, key_head)
+    v_base = head_base(call.v, call.s_v, batch, key_head)
+    k_tile = load_rows(k_base, n0, call.n_cols, call.s_k, BLOCK_N, call.D, call.BLOCK_D, True)
+    v_tile = load_rows(v_base, n0, call.n_cols, call.s_v, BLOCK_N, call.DV, call.BLOCK_DV, True)
+    acc_k = tl.zeros([BLOCK_N, call.BLOCK_D], tl.float32)
+    acc_v = tl.zeros([BLOCK_N, call.BLOCK_DV], tl.float32)
+    bounds = query_bounds(n0, call, BLOCK_M, BLOCK_N)
+    # 2. over the query call.heads of the call.group
+    for member in range(call.group):
+        head = key_head * call.group + member
+        stream = batch * call.heads + head
+        q_base = head_base(call.q, call.s_q, batch, head)
         do_base = head_base(do, s_do, batch, head)
         peak_base = head_base(peaks, s_row, batch, head)
         total_base = head_base(totals, s_row, batch, head)
         delta_base = head_base(delta, s_row, batch, head)
-        modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
-        affine = load_affine(affine_scale, affine_shift, head, s_head)
-        head_mask = head_base(mask, s_mask, batch, head)
-        head_bias = head_base(bias, s_bias, batch, head)
+        modulator = load_modulator(call, head)
+        affine = load_affine(call, head)
+        head_mask = head_base(call.mask, call.s_mask, batch, head)
+        head_bias = head_base(call.bias, call.s_bias, batch, head)
         sums = zero_sums(BLOCK_N, SUM, COUNT)
         # 3. over the queries: p and its gradient again, to dv, dk and the scalars' sums
         for phase in tl.static_range(3):
-            if phase == 1 or window is not None or (phase == 0 and CAUSAL):
+            if phase == 1 or call.window is not None or (phase == 0 and call.CAUSAL):
                 for m0 in range(bounds[phase], bounds[phase + 1], BLOCK_M):
                     rows = m0 + tl.arange(0, BLOCK_M)
-                    q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
-                    do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
-                    norm = load_norm(peak_base, total_base, rows, n_rows)
-                    row_delta = tl.load(delta_base + rows, mask=rows < n_rows, other=0.0)
+                    q_tile = load_rows(q_base, m0, call.n_rows, call.s_q, BLOCK_M, call.D, call.BLOCK_D, True)
+                    do_tile = load_rows(do_base, m0, call.n_rows, s_do, BLOCK_M, call.DV, call.BLOCK_DV, True)
+                    norm = load_norm(peak_base, total_base, rows, call.n_rows)
+                    row_delta = tl.load(delta_base + rows, mask=rows < call.n_rows, other=0.0)
                     if peaks is None:
-                        qk = dot(k_tile, tl.trans(q_tile), UPCAST)
-                        dp = dot(v_tile, tl.trans(do_tile), UPCAST)
+                        qk = dot(k_tile, tl.trans(q_tile), call.UPCAST)
+                        dp = dot(v_tile, tl.trans(do_tile), call.UPCAST)
                     else:  # float32: the other kernels' products to the last bit, since steep slopes magnify them
-                        qk = tl.trans(dot(q_tile, tl.trans(k_tile), UPCAST))
-                        dp = tl.trans(dot(do_tile, tl.trans(v_tile), UPCAST))
+                        qk = tl.trans(dot(q_tile, tl.trans(k_tile), call.UPCAST))
+                        dp = tl.trans(dot(do_tile, tl.trans(v_tile), call.UPCAST))
                     p, x, y, slope, chain = probabilities(
                         qk,
                         broadcast_norm(norm, True),
-                        (rows[None, :], cols[:, None], n_rows, n_cols),
+                        (rows[None, :], cols[:, None], call.n_rows, call.n_cols),
                         modulator,
                         affine,
-                        scale,
-                        softcap,
-                        window,
+                        call,
                         head_mask,
-                        s_mask,
                         head_bias,
-                        s_bias,
-                        ORDER,
-                        MASK_MIN,
-                        MASK_BY_ROW,
-                        BIAS_BY_ROW,
-                        CAUSAL,
                         CHECK,
                         phase != 1,
                         False,
                     )
                     used = p
-                    if seed is not None:
-                        keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, True, BLOCK_N)
-                        dp = tl.where(keep, dp * keep_scale, 0.0)
-                        used = tl.where(keep, p * keep_scale, 0.0)
-                    acc_v += dot(used.to(do_tile.dtype), do_tile, UPCAST)
+                    if call.seed is not None:
+                        keep = dropout_keep(tl.load(call.seed), call.threshold, rows, n0, stream, True, BLOCK_N)
+                        dp = tl.where(keep, dp * call.keep_scale, 0.0)
+                        used = tl.where(keep, p * call.keep_scale, 0.0)
+                    acc_v += dot(used.to(do_tile.dtype), do_tile, call.UPCAST)
                     g = p * (dp - row_delta[None, :])
                     ds = g * slope * chain[1]
-                    acc_k += dot(ds.to(q_tile.dtype), q_tile, UPCAST)
+                    acc_k += dot(ds.to(q_tile.dtype), q_tile, call.UPCAST)
                     if partial is not None:
-                        moments = scalar_moments(g, x, y, slope, modulator, SUM, AFFINE, ORDER, CHECK)
+                        moments = scalar_moments(g, x, y, slope, modulator, SUM, AFFINE, call.ORDER, CHECK)
                         sums = add_sums(sums, moments, COUNT)
         if partial is not None:
             place = (tl.cast(stream, tl.int64) * blocks + pid % blocks) * COUNT
-            _store_scalar_gradients(partial + place, sums, cols < n_cols, modulator, AFFINE, ORDER)
+            _store_scalar_gradients(partial + place, sums, cols < call.n_cols, modulator, AFFINE, call.ORDER)
 
     # 4. store
     dk_base = head_base(dk, s_dk, batch, key_head)
     dv_base = head_base(dv, s_dv, batch, key_head)
-    store_rows(dk_base, n0, n_cols, s_dk, acc_k * scale, BLOCK_N, D, BLOCK_D)
-    store_rows(dv_base, n0, n_cols, s_dv, acc_v, BLOCK_N, DV, BLOCK_DV)
+    store_rows(dk_base, n0, call.n_cols, s_dk, acc_k * call.scale, BLOCK_N, call.D, call.BLOCK_D)
+    store_rows(dv_base, n0, call.n_cols, s_dv, acc_v, BLOCK_N, call.DV, call.BLOCK_DV)

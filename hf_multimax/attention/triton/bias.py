@@ -19,59 +19,24 @@ from hf_multimax.attention.triton.common import (
 
 @triton.jit
 def bias_kernel(
-    q,
-    k,
-    v,
+    call,
     do,
     dbias,
     peaks,
     totals,
     delta,
-    ranges,
-    ts,
-    affine_scale,
-    affine_shift,
-    mask,
-    bias,
-    seed,
-    s_q,
-    s_k,
-    s_v,
     s_do,
     s_dbias,
     s_row,
-    s_mask,
-    s_bias,
-    s_head,
     batches,
-    heads,
-    group,
-    n_rows,
-    n_cols,
     row_blocks,
     col_blocks,
-    threshold,
-    keep_scale,
-    scale,
-    softcap,
-    window,
-    ORDER: tl.constexpr,
-    NEAR: tl.constexpr,
-    MASK_MIN: tl.constexpr,
-    MASK_BY_ROW: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr,
     PER_BATCH: tl.constexpr,
     PER_HEAD: tl.constexpr,
     PER_ROW: tl.constexpr,
     PER_COL: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """One program per tile of the bias gradient, summed over the dimensions along which the bias was broadcast.
 
@@ -82,93 +47,84 @@ def bias_kernel(
     own_rows = pid // col_blocks % row_blocks
     pair = pid // col_blocks // row_blocks
     head_lo = 0
-    head_hi = heads
+    head_hi = call.heads
     batch_lo = 0
     batch_hi = batches
     if PER_HEAD:
-        head_lo = pair % heads
+        head_lo = pair % call.heads
         head_hi = head_lo + 1
-        pair = pair // heads
+        pair = pair // call.heads
     if PER_BATCH:
         batch_lo = pair
         batch_hi = pair + 1
     row_lo = 0
-    row_hi = n_rows
+    row_hi = call.n_rows
     if PER_ROW:
         row_lo = own_rows * BLOCK_M
-        row_hi = tl.minimum(row_lo + BLOCK_M, n_rows)
+        row_hi = tl.minimum(row_lo + BLOCK_M, call.n_rows)
     col_lo = 0
-    col_hi = n_cols
+    col_hi = call.n_cols
     if PER_COL:
         col_lo = own_cols * BLOCK_N
-        col_hi = tl.minimum(col_lo + BLOCK_N, n_cols)
+        col_hi = tl.minimum(col_lo + BLOCK_N, call.n_cols)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for batch in range(batch_lo, batch_hi):
         for head in range(head_lo, head_hi):
-            stream = batch * heads + head
-            q_base = head_base(q, s_q, batch, head)
+            stream = batch * call.heads + head
+            q_base = head_base(call.q, call.s_q, batch, head)
             do_base = head_base(do, s_do, batch, head)
-            k_base = head_base(k, s_k, batch, head // group)
-            v_base = head_base(v, s_v, batch, head // group)
+            k_base = head_base(call.k, call.s_k, batch, head // call.group)
+            v_base = head_base(call.v, call.s_v, batch, head // call.group)
             peak_base = head_base(peaks, s_row, batch, head)
             total_base = head_base(totals, s_row, batch, head)
             delta_base = head_base(delta, s_row, batch, head)
-            modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
-            affine = load_affine(affine_scale, affine_shift, head, s_head)
-            head_bias = head_base(bias, s_bias, batch, head)
-            head_mask = head_base(mask, s_mask, batch, head)
+            modulator = load_modulator(call, head)
+            affine = load_affine(call, head)
+            head_bias = head_base(call.bias, call.s_bias, batch, head)
+            head_mask = head_base(call.mask, call.s_mask, batch, head)
             for n0 in range(col_lo, col_hi, BLOCK_N):
                 cols = n0 + tl.arange(0, BLOCK_N)
-                k_tile = load_rows(k_base, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, True)
-                v_tile = load_rows(v_base, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, True)
-                visible = query_bounds(n0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
+                k_tile = load_rows(k_base, n0, call.n_cols, call.s_k, BLOCK_N, call.D, call.BLOCK_D, True)
+                v_tile = load_rows(v_base, n0, call.n_cols, call.s_v, BLOCK_N, call.DV, call.BLOCK_DV, True)
+                visible = query_bounds(n0, call, BLOCK_M, BLOCK_N)
                 for m0 in range(tl.maximum(row_lo, visible[0]), tl.minimum(row_hi, visible[3]), BLOCK_M):
                     rows = m0 + tl.arange(0, BLOCK_M)
-                    q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
-                    do_tile = load_rows(do_base, m0, n_rows, s_do, BLOCK_M, DV, BLOCK_DV, True)
-                    norm = load_norm(peak_base, total_base, rows, n_rows)
-                    row_delta = tl.load(delta_base + rows, mask=rows < n_rows, other=0.0)
-                    qk = dot(q_tile, tl.trans(k_tile), UPCAST)
+                    q_tile = load_rows(q_base, m0, call.n_rows, call.s_q, BLOCK_M, call.D, call.BLOCK_D, True)
+                    do_tile = load_rows(do_base, m0, call.n_rows, s_do, BLOCK_M, call.DV, call.BLOCK_DV, True)
+                    norm = load_norm(peak_base, total_base, rows, call.n_rows)
+                    row_delta = tl.load(delta_base + rows, mask=rows < call.n_rows, other=0.0)
+                    qk = dot(q_tile, tl.trans(k_tile), call.UPCAST)
                     p, x, y, slope, chain = probabilities(
                         qk,
                         broadcast_norm(norm, False),
-                        (rows[:, None], cols[None, :], n_rows, n_cols),
+                        (rows[:, None], cols[None, :], call.n_rows, call.n_cols),
                         modulator,
                         affine,
-                        scale,
-                        softcap,
-                        window,
+                        call,
                         head_mask,
-                        s_mask,
                         head_bias,
-                        s_bias,
-                        ORDER,
-                        MASK_MIN,
-                        MASK_BY_ROW,
-                        BIAS_BY_ROW,
-                        CAUSAL,
                         True,
                         True,
                         True,
                     )
-                    dp = dot(do_tile, tl.trans(v_tile), UPCAST)
-                    if seed is not None:
-                        keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, False, BLOCK_N)
-                        dp = tl.where(keep, dp * keep_scale, 0.0)
+                    dp = dot(do_tile, tl.trans(v_tile), call.UPCAST)
+                    if call.seed is not None:
+                        keep = dropout_keep(tl.load(call.seed), call.threshold, rows, n0, stream, False, BLOCK_N)
+                        dp = tl.where(keep, dp * call.keep_scale, 0.0)
                     acc += (p * (dp - row_delta[:, None]) * slope * chain[0]).to(tl.float32)
 
     rows = row_lo + tl.arange(0, BLOCK_M)
     cols = col_lo + tl.arange(0, BLOCK_N)
     if not PER_ROW:
         acc = tl.sum(acc, 0)[None, :] + tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        rows = rows + tl.where(rows > 0, n_rows, 0)  # only the first row is stored
+        rows = rows + tl.where(rows > 0, call.n_rows, 0)  # only the first row is stored
     if not PER_COL:
         acc = tl.sum(acc, 1)[:, None] + tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        cols = cols + tl.where(cols > 0, n_cols, 0)
+        cols = cols + tl.where(cols > 0, call.n_cols, 0)
     dbias += tl.cast(batch_lo, tl.int64) * s_dbias[0] + tl.cast(head_lo, tl.int64) * s_dbias[1]
     tl.store(
         dbias + tl.cast(rows, tl.int64)[:, None] * s_dbias[2] + tl.cast(cols, tl.int64)[None, :] * s_dbias[3],
         acc.to(dbias.dtype.element_ty),
-        mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :],
+        mask=(rows < call.n_rows)[:, None] & (cols < call.n_cols)[None, :],
     )

@@ -8,6 +8,8 @@ Tiles are indexed by ``rows`` (queries) and ``cols`` (keys), two index tensors t
 dk/dv kernel holds its tiles transposed (``rows`` along the second dimension); everything here works for both.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -21,6 +23,47 @@ FARTHEST = tl.constexpr(1024.0)
 PHILOX_ROUNDS = tl.constexpr(7)
 #: Logarithm (base 2) of the largest power that the scalars' gradients count; scores that have larger ones are left out.
 LARGEST_POWER = tl.constexpr(120.0)
+
+
+class Inputs(NamedTuple):
+    """What every attention kernel takes; ``attention/triton/__init__.py`` says what each is."""
+
+    q: Any
+    k: Any
+    v: Any
+    ranges: Any
+    ts: Any
+    affine_scale: Any
+    affine_shift: Any
+    mask: Any
+    bias: Any
+    seed: Any
+    s_q: Any
+    s_k: Any
+    s_v: Any
+    s_mask: Any
+    s_bias: Any
+    s_head: Any
+    heads: Any
+    group: Any
+    n_rows: Any
+    n_cols: Any
+    threshold: Any
+    keep_scale: Any
+    scale: Any
+    softcap: Any
+    window: Any
+    ORDER: Any
+    NEAR: Any
+    MASK_MIN: Any
+    MASK_BY_ROW: Any
+    BIAS_BY_ROW: Any
+    CAUSAL: Any
+    D: Any
+    DV: Any
+    BLOCK_D: Any
+    BLOCK_DV: Any
+    UPCAST: Any
 
 
 @triton.jit
@@ -105,22 +148,21 @@ def times_power(t, x, N: tl.constexpr):
 
 
 @triton.jit
-def load_modulator(ranges, ts, ORDER: tl.constexpr, NEAR: tl.constexpr):
-    """(b, d, t_b, t_d), each a tuple of ORDER float32 values in the base-2 domain; pointers may be tensors.
-
-    NEAR: constants of a row may be lost, as softmax does not see them.
-    """
+def load_modulator(call, head):
+    """(b, d, t_b, t_d) of a head, or of a tensor of them: tuples of ORDER float32 values in the base-2 domain."""
+    ranges = call.ranges + head * call.s_head[0]
+    ts = call.ts + head * call.s_head[0]
     b = ()
     d = ()
     t_b = ()
     t_d = ()
     fold = 1.0
-    for n in tl.static_range(ORDER):
+    for n in tl.static_range(call.ORDER):
         low = tl.load(ranges + 2 * n).to(tl.float32)
         high = tl.load(ranges + (2 * n + 1)).to(tl.float32)
         slope_low = tl.load(ts + 2 * n).to(tl.float32)
         slope_high = tl.load(ts + (2 * n + 1)).to(tl.float32)
-        if NEAR and n == 0:
+        if call.NEAR and n == 0:
             b = b + (tl.minimum(tl.maximum(low * LOG2E, -FARTHEST), FARTHEST),)
             d = d + (tl.minimum(tl.maximum(high * LOG2E, -FARTHEST), FARTHEST),)
         else:
@@ -134,12 +176,12 @@ def load_modulator(ranges, ts, ORDER: tl.constexpr, NEAR: tl.constexpr):
 
 
 @triton.jit
-def load_affine(scale, shift, head, s_head):
+def load_affine(call, head):
     """(scale, shift) of a head in the base-2 domain, or ()."""
     affine = ()
-    if scale is not None:
-        a = tl.load(scale + head * s_head[1]).to(tl.float32)
-        c = tl.load(shift + head * s_head[2]).to(tl.float32)
+    if call.affine_scale is not None:
+        a = tl.load(call.affine_scale + head * call.s_head[1]).to(tl.float32)
+        c = tl.load(call.affine_shift + head * call.s_head[2]).to(tl.float32)
         affine = (a, c * LOG2E)
     return affine
 
@@ -280,43 +322,29 @@ def tanh(x):
 
 
 @triton.jit
-def scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW: tl.constexpr):
+def scores(qk, where, call, bias):
     """Scores before the modulator (base 2), and the soft cap's slope (1 without a cap).
 
-    ``where``: (rows, cols, number of rows, number of columns) of the tile.
+    ``where``: (rows, cols, number of rows, number of columns) of the tile; ``bias``: its head's.
     """
-    if softcap is None:
-        y = qk * (scale * LOG2E)
+    if call.softcap is None:
+        y = qk * (call.scale * LOG2E)
         slope = 1.0
     else:
-        t = tanh(qk * (scale / softcap))
-        y = t * (softcap * LOG2E)
+        t = tanh(qk * (call.scale / call.softcap))
+        y = t * (call.softcap * LOG2E)
         slope = 1.0 - t * t
     if bias is not None:
-        y += load_elements(bias, s_bias, where, BIAS_BY_ROW).to(tl.float32) * LOG2E
+        y += load_elements(bias, call.s_bias, where, call.BIAS_BY_ROW).to(tl.float32) * LOG2E
     return y, slope
 
 
 @triton.jit
-def mask_scores(
-    z,
-    y,
-    where,
-    window,
-    mask,
-    s_mask,
-    MASK_MIN: tl.constexpr,
-    MASK_BY_ROW: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    CHECK: tl.constexpr,
-    EDGE: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+def mask_scores(z, y, where, call, mask, CHECK: tl.constexpr, EDGE: tl.constexpr, TAIL: tl.constexpr):
     """Modulated scores ``z`` with minus infinity at every masked entry; NaN stays NaN.
 
     CHECK: a score ``y`` may be minus infinity. EDGE: the tile may leave the band of visible keys. TAIL: it may hold
-    keys that do not exist. MASK_MIN: None if the mask is boolean, else the value at or below which an entry of an
-    additive mask masks.
+    keys that do not exist. ``mask``: that of the head.
     """
     rows, cols, n_rows, n_cols = where
     hidden = y <= MASKED if CHECK else tl.zeros(z.shape, tl.int1)
@@ -324,19 +352,19 @@ def mask_scores(
         hidden = hidden | (cols >= n_cols)
     if EDGE:
         position = rows + (n_cols - n_rows)
-        if CAUSAL:
+        if call.CAUSAL:
             hidden = hidden | (cols > position)
-        if window is not None:
-            hidden = hidden | (cols <= position - window)
-            if not CAUSAL:
-                hidden = hidden | (cols >= position + window)
+        if call.window is not None:
+            hidden = hidden | (cols <= position - call.window)
+            if not call.CAUSAL:
+                hidden = hidden | (cols >= position + call.window)
     if mask is not None:
-        m = load_elements(mask, s_mask, where, MASK_BY_ROW)
-        if MASK_MIN is None:
+        m = load_elements(mask, call.s_mask, where, call.MASK_BY_ROW)
+        if call.MASK_MIN is None:
             hidden = hidden | (m == 0)
         else:
             m = m.to(tl.float32)
-            hidden = hidden | (m <= MASK_MIN)
+            hidden = hidden | (m <= call.MASK_MIN)
             z += m * LOG2E
     return tl.where(hidden, float("-inf"), z)
 
@@ -383,18 +411,9 @@ def probabilities(
     where,
     modulator,
     affine,
-    scale,
-    softcap,
-    window,
+    call,
     mask,
-    s_mask,
     bias,
-    s_bias,
-    ORDER: tl.constexpr,
-    MASK_MIN: tl.constexpr,
-    MASK_BY_ROW: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr,
-    CAUSAL: tl.constexpr,
     CHECK: tl.constexpr,
     EDGE: tl.constexpr,
     TAIL: tl.constexpr,
@@ -406,10 +425,10 @@ def probabilities(
     ``slope``: d sigma / dx; ``chain``: what d loss / dx is multiplied by for the score (affine scale) and for the
     product of query and key (affine scale and soft cap), a pair.
     """
-    y, cap_slope = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
+    y, cap_slope = scores(qk, where, call, bias)
     x = apply_affine(y, affine)
-    z = modulate(x, modulator, ORDER, CLAMP)
-    z = mask_scores(z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, CHECK, EDGE, TAIL)
+    z = modulate(x, modulator, call.ORDER, CLAMP)
+    z = mask_scores(z, y, where, call, mask, CHECK, EDGE, TAIL)
     z -= norm[0]
     if len(norm) > 1:
         z -= norm[1]
@@ -417,7 +436,7 @@ def probabilities(
     if CHECK:
         y = tl.where(p == 0.0, 0.0, y)
         x = tl.where(p == 0.0, 0.0, x)
-    slope = modulate_slope(x, modulator, ORDER)
+    slope = modulate_slope(x, modulator, call.ORDER)
     chain = (1.0, cap_slope)
     if len(affine) > 0:
         chain = (affine[0], affine[0] * cap_slope)
@@ -458,26 +477,26 @@ def dropout_keep(seed, threshold, row, col, stream, TRANSPOSED: tl.constexpr, CO
 
 
 @triton.jit
-def key_bounds(m0, n_rows, n_cols, window, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_bounds(m0, call, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(lo, full_lo, full_hi, hi): keys that queries m0.. may see; tiles in [full_lo, full_hi) need no check.
 
     Tiles start at multiples of BLOCK_N.
     """
-    first = m0 + n_cols - n_rows
-    last = tl.minimum(m0 + BLOCK_M, n_rows) - 1 + n_cols - n_rows
+    first = m0 + call.n_cols - call.n_rows
+    last = tl.minimum(m0 + BLOCK_M, call.n_rows) - 1 + call.n_cols - call.n_rows
     lo = first * 0
     full_lo = lo
-    hi = n_cols
-    full_hi = n_cols
-    if CAUSAL:
+    hi = call.n_cols
+    full_hi = call.n_cols
+    if call.CAUSAL:
         hi = tl.minimum(hi, last + 1)
         full_hi = tl.minimum(full_hi, first + 1)
-    if window is not None:
-        lo = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
-        full_lo = tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK_N) * BLOCK_N
-        if not CAUSAL:
-            hi = tl.minimum(hi, last + window)
-            full_hi = tl.minimum(full_hi, first + window)
+    if call.window is not None:
+        lo = tl.maximum(first - call.window + 1, 0) // BLOCK_N * BLOCK_N
+        full_lo = tl.cdiv(tl.maximum(last - call.window + 1, 0), BLOCK_N) * BLOCK_N
+        if not call.CAUSAL:
+            hi = tl.minimum(hi, last + call.window)
+            full_hi = tl.minimum(full_hi, first + call.window)
     hi = tl.maximum(hi, 0)
     full_lo = tl.minimum(full_lo, hi)
     full_hi = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N, full_lo)
@@ -485,29 +504,29 @@ def key_bounds(m0, n_rows, n_cols, window, CAUSAL: tl.constexpr, BLOCK_M: tl.con
 
 
 @triton.jit
-def query_bounds(n0, n_rows, n_cols, window, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_bounds(n0, call, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(lo, full_lo, full_hi, hi) of the queries that may see keys n0.., likewise.
 
     Queries that do not exist have no weight, so the last tile counts as full unless there is a window.
     """
-    first = n0 - (n_cols - n_rows)
-    last = tl.minimum(n0 + BLOCK_N, n_cols) - 1 - (n_cols - n_rows)
+    first = n0 - (call.n_cols - call.n_rows)
+    last = tl.minimum(n0 + BLOCK_N, call.n_cols) - 1 - (call.n_cols - call.n_rows)
     lo = first * 0
     full_lo = lo
-    hi = n_rows
-    full_hi = n_rows
-    if CAUSAL:
+    hi = call.n_rows
+    full_hi = call.n_rows
+    if call.CAUSAL:
         lo = tl.maximum(first, 0) // BLOCK_M * BLOCK_M
         full_lo = tl.cdiv(tl.maximum(last, 0), BLOCK_M) * BLOCK_M
-    if window is not None:
-        hi = tl.minimum(hi, last + window)
-        full_hi = tl.minimum(full_hi, first + window)
-        if not CAUSAL:
-            lo = tl.maximum(first - window + 1, 0) // BLOCK_M * BLOCK_M
-            full_lo = tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK_M) * BLOCK_M
+    if call.window is not None:
+        hi = tl.minimum(hi, last + call.window)
+        full_hi = tl.minimum(full_hi, first + call.window)
+        if not call.CAUSAL:
+            lo = tl.maximum(first - call.window + 1, 0) // BLOCK_M * BLOCK_M
+            full_lo = tl.cdiv(tl.maximum(last - call.window + 1, 0), BLOCK_M) * BLOCK_M
     hi = tl.maximum(hi, 0)
     full_lo = tl.minimum(full_lo, hi)
-    if window is not None:
+    if call.window is not None:
         full_hi = tl.maximum(full_hi, 0) // BLOCK_M * BLOCK_M
     full_hi = tl.maximum(full_hi, full_lo)
     return lo, full_lo, full_hi, hi

@@ -28,76 +28,41 @@ from hf_multimax.attention.triton.common import (
 
 @triton.jit
 def forward_kernel(
-    q,
-    k,
-    v,
+    call,
     o,
     residual,
     peaks,
     totals,
-    ranges,
-    ts,
-    affine_scale,
-    affine_shift,
     sinks,
-    mask,
-    bias,
-    seed,
-    s_q,
-    s_k,
-    s_v,
     s_o,
     s_row,
-    s_mask,
-    s_bias,
-    s_head,
-    heads,
-    group,
-    n_rows,
-    n_cols,
     blocks,
-    threshold,
-    keep_scale,
-    scale,
-    softcap,
-    window,
-    ORDER: tl.constexpr,
-    NEAR: tl.constexpr,
-    MASK_MIN: tl.constexpr,
-    MASK_BY_ROW: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """One program per tile of queries of one head: running softmax over its keys. Arguments: see the package."""
     # 1. which head, which queries
     pid = tl.program_id(0)
     stream = pid // blocks
-    batch, head = stream // heads, stream % heads
+    batch, head = stream // call.heads, stream % call.heads
     block = pid % blocks
-    if CAUSAL:
+    if call.CAUSAL:
         block = blocks - 1 - block  # the longest rows first
     m0 = block * BLOCK_M
-    k = head_base(k, s_k, batch, head // group)
-    v = head_base(v, s_v, batch, head // group)
-    mask = head_base(mask, s_mask, batch, head)
-    bias = head_base(bias, s_bias, batch, head)
-    modulator = load_modulator(ranges + head * s_head[0], ts + head * s_head[0], ORDER, NEAR)
-    affine = load_affine(affine_scale, affine_shift, head, s_head)
-    left_out = clamp_constant(modulator) if NEAR else 0.0
+    k = head_base(call.k, call.s_k, batch, head // call.group)
+    v = head_base(call.v, call.s_v, batch, head // call.group)
+    mask = head_base(call.mask, call.s_mask, batch, head)
+    bias = head_base(call.bias, call.s_bias, batch, head)
+    modulator = load_modulator(call, head)
+    affine = load_affine(call, head)
+    left_out = clamp_constant(modulator) if call.NEAR else 0.0
     CHECK: tl.constexpr = bias is not None or peaks is not None
 
     # 2. the queries, and an empty softmax (with the sink in it)
     rows = m0 + tl.arange(0, BLOCK_M)
-    q_base = head_base(q, s_q, batch, head)
-    q_tile = load_rows(q_base, m0, n_rows, s_q, BLOCK_M, D, BLOCK_D, True)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    q_base = head_base(call.q, call.s_q, batch, head)
+    q_tile = load_rows(q_base, m0, call.n_rows, call.s_q, BLOCK_M, call.D, call.BLOCK_D, True)
+    acc = tl.zeros([BLOCK_M, call.BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if sinks is not None:
@@ -106,88 +71,52 @@ def forward_kernel(
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
 
     # 3. over the keys: score, sigma, mask, exponential, product with v
-    bounds = key_bounds(m0, n_rows, n_cols, window, CAUSAL, BLOCK_M, BLOCK_N)
+    bounds = key_bounds(m0, call, BLOCK_M, BLOCK_N)
     # tiles before, inside and after the band in which every key is visible to every query
     for phase in tl.static_range(3):
-        if phase > 0 or window is not None:
+        if phase > 0 or call.window is not None:
             for n0 in range(bounds[phase], bounds[phase + 1], BLOCK_N):
                 cols = n0 + tl.arange(0, BLOCK_N)
-                k_tile = load_rows(k, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, phase != 1)
-                qk = dot(q_tile, tl.trans(k_tile), UPCAST)
-                where = (rows[:, None], cols[None, :], n_rows, n_cols)
-                y, _ = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
-                z = modulate(apply_affine(y, affine), modulator, ORDER, NEAR)
-                z = mask_scores(
-                    z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, CHECK, phase != 1, phase != 1
-                )
+                k_tile = load_rows(k, n0, call.n_cols, call.s_k, BLOCK_N, call.D, call.BLOCK_D, phase != 1)
+                qk = dot(q_tile, tl.trans(k_tile), call.UPCAST)
+                where = (rows[:, None], cols[None, :], call.n_rows, call.n_cols)
+                y, _ = scores(qk, where, call, bias)
+                z = modulate(apply_affine(y, affine), modulator, call.ORDER, call.NEAR)
+                z = mask_scores(z, y, where, call, mask, CHECK, phase != 1, phase != 1)
                 new_peak = tl.maximum(peak, tl.max(z, 1))
                 # a row that has seen nothing yet: any finite reference avoids inf - inf
                 reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
                 p = tl.exp2(z - reference[:, None])
                 shrink = tl.exp2(peak - reference)
                 total = total * shrink + tl.sum(p, 1)
-                if seed is not None:
-                    keep = dropout_keep(tl.load(seed), threshold, rows, n0, stream, False, BLOCK_N)
+                if call.seed is not None:
+                    keep = dropout_keep(tl.load(call.seed), call.threshold, rows, n0, stream, False, BLOCK_N)
                     p = tl.where(keep, p, 0.0)
-                v_tile = load_rows(v, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, phase != 1)
-                acc = acc * shrink[:, None] + dot(p.to(v_tile.dtype), v_tile, UPCAST)
+                v_tile = load_rows(v, n0, call.n_cols, call.s_v, BLOCK_N, call.DV, call.BLOCK_DV, phase != 1)
+                acc = acc * shrink[:, None] + dot(p.to(v_tile.dtype), v_tile, call.UPCAST)
                 peak = new_peak
 
     # 4. divide, store the rows and what they were divided by
     empty = total == 0.0
-    acc *= (keep_scale / tl.where(empty, 1.0, total))[:, None]
+    acc *= (call.keep_scale / tl.where(empty, 1.0, total))[:, None]
     o_base = head_base(o, s_o, batch, head)
     residual = head_base(residual, s_o, batch, head)
-    store_rounded(o_base, m0, n_rows, s_o, acc, residual, BLOCK_M, DV, BLOCK_DV)
+    store_rounded(o_base, m0, call.n_rows, s_o, acc, residual, BLOCK_M, call.DV, call.BLOCK_DV)
     peaks = head_base(peaks, s_row, batch, head)
     totals = head_base(totals, s_row, batch, head)
-    store_norm(peaks, totals, rows, rows < n_rows, peak + left_out, total)
+    store_norm(peaks, totals, rows, rows < call.n_rows, peak + left_out, total)
 
 
 @triton.jit
 def decode_kernel(
-    q,
-    k,
-    v,
+    call,
     partial,
     split_peaks,
     split_totals,
-    ranges,
-    ts,
-    affine_scale,
-    affine_shift,
-    mask,
-    bias,
-    seed,
-    s_q,
-    s_k,
-    s_v,
-    s_mask,
-    s_bias,
-    s_head,
-    heads,
-    group,
-    n_rows,
-    n_cols,
     blocks,
     splits,
-    threshold,
-    scale,
-    softcap,
-    window,
-    ORDER: tl.constexpr,
-    NEAR: tl.constexpr,
-    MASK_MIN: tl.constexpr,
-    MASK_BY_ROW: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """One program per share of the keys, for all the query rows (heads of the group x queries) of one key head.
 
@@ -199,54 +128,58 @@ def decode_kernel(
     split = pid % splits
     block = pid // splits % blocks
     pair = pid // splits // blocks
-    key_heads = heads // group
+    key_heads = call.heads // call.group
     batch, key_head = pair // key_heads, pair % key_heads
-    k = head_base(k, s_k, batch, key_head)
-    v = head_base(v, s_v, batch, key_head)
+    k = head_base(call.k, call.s_k, batch, key_head)
+    v = head_base(call.v, call.s_v, batch, key_head)
     packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    exists = packed < group * n_rows
-    rows = packed % n_rows
-    head = tl.minimum(key_head * group + packed // n_rows, heads - 1)
-    mask = head_base(mask, s_mask, batch, head[:, None])
-    bias = head_base(bias, s_bias, batch, head[:, None])
-    modulator = load_modulator(ranges + (head * s_head[0])[:, None], ts + (head * s_head[0])[:, None], ORDER, NEAR)
-    affine = load_affine(affine_scale, affine_shift, head[:, None], s_head)
+    exists = packed < call.group * call.n_rows
+    rows = packed % call.n_rows
+    head = tl.minimum(key_head * call.group + packed // call.n_rows, call.heads - 1)
+    mask = head_base(call.mask, call.s_mask, batch, head[:, None])
+    bias = head_base(call.bias, call.s_bias, batch, head[:, None])
+    modulator = load_modulator(call, head[:, None])
+    affine = load_affine(call, head[:, None])
 
     # 2. the queries, and an empty softmax
-    depth = tl.arange(0, BLOCK_D)
-    q_rows = head_base(q, s_q, batch, head) + tl.cast(rows, tl.int64) * s_q[2]
-    q_tile = tl.load(q_rows[:, None] + depth[None, :] * s_q[3], mask=exists[:, None] & (depth[None, :] < D), other=0.0)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    depth = tl.arange(0, call.BLOCK_D)
+    q_rows = head_base(call.q, call.s_q, batch, head) + tl.cast(rows, tl.int64) * call.s_q[2]
+    q_tile = tl.load(
+        q_rows[:, None] + depth[None, :] * call.s_q[3], mask=exists[:, None] & (depth[None, :] < call.D), other=0.0
+    )
+    acc = tl.zeros([BLOCK_M, call.BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     # 3. over this share of the band that any of these queries sees, in whole tiles
-    band = key_bounds(0, n_rows, n_cols, window, CAUSAL, n_rows, BLOCK_N)
+    band = key_bounds(0, call, call.n_rows, BLOCK_N)
     share = tl.cdiv(tl.cdiv(band[3] - band[0], BLOCK_N), splits) * BLOCK_N
     lo = band[0] + split * share
     for n0 in range(lo, tl.minimum(lo + share, band[3]), BLOCK_N):
         cols = n0 + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(k, n0, n_cols, s_k, BLOCK_N, D, BLOCK_D, True)
-        qk = dot(q_tile, tl.trans(k_tile), UPCAST)
-        where = (rows[:, None], cols[None, :], n_rows, n_cols)
-        y, _ = scores(qk, where, scale, softcap, bias, s_bias, BIAS_BY_ROW)
-        z = modulate(apply_affine(y, affine), modulator, ORDER)
-        z = mask_scores(z, y, where, window, mask, s_mask, MASK_MIN, MASK_BY_ROW, CAUSAL, True, True, True)
+        k_tile = load_rows(k, n0, call.n_cols, call.s_k, BLOCK_N, call.D, call.BLOCK_D, True)
+        qk = dot(q_tile, tl.trans(k_tile), call.UPCAST)
+        where = (rows[:, None], cols[None, :], call.n_rows, call.n_cols)
+        y, _ = scores(qk, where, call, bias)
+        z = modulate(apply_affine(y, affine), modulator, call.ORDER)
+        z = mask_scores(z, y, where, call, mask, True, True, True)
         new_peak = tl.maximum(peak, tl.max(z, 1))
         reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         p = tl.exp2(z - reference[:, None])
         shrink = tl.exp2(peak - reference)
         total = total * shrink + tl.sum(p, 1)
-        if seed is not None:
-            keep = dropout_keep(tl.load(seed), threshold, rows, n0, batch * heads + head, False, BLOCK_N)
+        if call.seed is not None:
+            keep = dropout_keep(tl.load(call.seed), call.threshold, rows, n0, batch * call.heads + head, False, BLOCK_N)
             p = tl.where(keep, p, 0.0)
-        v_tile = load_rows(v, n0, n_cols, s_v, BLOCK_N, DV, BLOCK_DV, True)
-        acc = acc * shrink[:, None] + dot(p.to(v_tile.dtype), v_tile, UPCAST)
+        v_tile = load_rows(v, n0, call.n_cols, call.s_v, BLOCK_N, call.DV, call.BLOCK_DV, True)
+        acc = acc * shrink[:, None] + dot(p.to(v_tile.dtype), v_tile, call.UPCAST)
         peak = new_peak
 
     # 4. store what combine_kernel joins
-    place = (tl.cast(batch * heads + head, tl.int64) * n_rows + rows) * splits + split
-    depth_v = tl.arange(0, BLOCK_DV)
-    tl.store(partial + place[:, None] * DV + depth_v[None, :], acc, mask=exists[:, None] & (depth_v[None, :] < DV))
+    place = (tl.cast(batch * call.heads + head, tl.int64) * call.n_rows + rows) * splits + split
+    depth_v = tl.arange(0, call.BLOCK_DV)
+    tl.store(
+        partial + place[:, None] * call.DV + depth_v[None, :], acc, mask=exists[:, None] & (depth_v[None, :] < call.DV)
+    )
     tl.store(split_peaks + place, peak, mask=exists)
     tl.store(split_totals + place, total, mask=exists)
 

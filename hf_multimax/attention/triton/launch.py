@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from hf_multimax.attention.call import Call
 from hf_multimax.attention.operators import fitted
 from hf_multimax.attention.triton.backward import dkdv_kernel, dq_kernel
 from hf_multimax.attention.triton.bias import bias_kernel
+from hf_multimax.attention.triton.common import Inputs
 from hf_multimax.attention.triton.forward import combine_kernel, decode_kernel, forward_kernel
 
 __all__ = ["Tile", "backward", "forward", "tile"]
@@ -60,56 +62,62 @@ _TINY = {
 }
 
 
-def kernel_arguments(call: Call) -> dict[str, Any]:
-    """The arguments that every attention kernel takes."""
+def inputs_of(call: Call) -> Inputs:
+    """The call as every attention kernel takes it."""
     (batch, heads, n_rows, d), (_, key_heads, n_cols, d_v) = call.q.shape, call.v.shape
     shape = (batch, heads, n_rows, n_cols)
     mask = None if call.mask is None else call.mask.expand(shape)
     bias = None if call.bias is None else call.bias.expand(shape)
     boolean = mask is not None and mask.dtype == torch.bool
-    return {
-        "q": call.q,
-        "k": call.k,
-        "v": call.v,
-        "ranges": call.ranges,
-        "ts": call.ts,
-        "affine_scale": call.affine_scale,
-        "affine_shift": call.affine_shift,
-        "mask": mask.view(torch.uint8) if boolean else mask,
-        "bias": bias,
-        "seed": call.seed,
-        "s_q": call.q.stride(),
-        "s_k": call.k.stride(),
-        "s_v": call.v.stride(),
-        "s_mask": (0, 0, 0, 0) if mask is None else mask.stride(),
-        "s_bias": (0, 0, 0, 0) if bias is None else bias.stride(),
-        "s_head": tuple(
+    return Inputs(
+        q=call.q,
+        k=call.k,
+        v=call.v,
+        ranges=call.ranges,
+        ts=call.ts,
+        affine_scale=call.affine_scale,
+        affine_shift=call.affine_shift,
+        mask=mask.view(torch.uint8) if boolean else mask,
+        bias=bias,
+        seed=call.seed,
+        s_q=call.q.stride(),
+        s_k=call.k.stride(),
+        s_v=call.v.stride(),
+        s_mask=(0, 0, 0, 0) if mask is None else mask.stride(),
+        s_bias=(0, 0, 0, 0) if bias is None else bias.stride(),
+        s_head=tuple(
             0 if p is None or p.ndim == own else p.stride(0)
             for p, own in ((call.ranges, 1), (call.affine_scale, 0), (call.affine_shift, 0))
         ),
-        "heads": heads,
-        "group": heads // key_heads,
-        "n_rows": n_rows,
-        "n_cols": n_cols,
+        heads=heads,
+        group=heads // key_heads,
+        n_rows=n_rows,
+        n_cols=n_cols,
         # the 32 random bits of a dropped score are below this, read as a signed number
-        "threshold": min(int(call.dropout_p * 2**32) - 2**31, 2**31 - 1),
-        "scale": call.scale,
-        "softcap": call.softcap or None,
+        threshold=min(int(call.dropout_p * 2**32) - 2**31, 2**31 - 1),
+        keep_scale=_keep_scale(call),
+        scale=call.scale,
+        softcap=call.softcap or None,
         # one that hides nothing costs nothing
-        "window": call.window if 0 <= call.window < n_rows + n_cols else None,
-        "ORDER": _order(call),
+        window=call.window if 0 <= call.window < n_rows + n_cols else None,
+        ORDER=_constant(_order(call)),
         # a sink does see what all scores of a row have in common
-        "NEAR": call.q.dtype != torch.float32 and call.sinks is None,
-        "MASK_MIN": None if mask is None or boolean else torch.finfo(mask.dtype).min / 2,
-        "MASK_BY_ROW": mask is not None and mask.stride(2) != 0,
-        "BIAS_BY_ROW": bias is not None and bias.stride(2) != 0,
-        "CAUSAL": call.causal,
-        "D": d,
-        "DV": d_v,
-        "BLOCK_D": _padded(d),
-        "BLOCK_DV": _padded(d_v),
-        "UPCAST": _INTERPRETED and call.q.dtype == torch.bfloat16,
-    }
+        NEAR=_constant(call.q.dtype != torch.float32 and call.sinks is None),
+        MASK_MIN=_constant(None if mask is None or boolean else torch.finfo(mask.dtype).min / 2),
+        MASK_BY_ROW=_constant(mask is not None and mask.stride(2) != 0),
+        BIAS_BY_ROW=_constant(bias is not None and bias.stride(2) != 0),
+        CAUSAL=_constant(call.causal),
+        D=_constant(d),
+        DV=_constant(d_v),
+        BLOCK_D=_constant(_padded(d)),
+        BLOCK_DV=_constant(_padded(d_v)),
+        UPCAST=_constant(_INTERPRETED and call.q.dtype == torch.bfloat16),
+    )
+
+
+def _constant(value: Any) -> Any:
+    """What is compiled in, as None is by itself."""
+    return None if value is None else tl.constexpr(value)
 
 
 def tile(kernel: str, width: int, dtype: torch.dtype, shared: int = 227, lean: bool = False) -> Tile:
@@ -179,11 +187,10 @@ def backward(
 
 
 def _forward(call: Call, o: Tensor, residual: Tensor | None, norms: Tensor) -> None:
-    arguments = kernel_arguments(call)
-    t = _tile(call, "forward" if call.q.shape[2] > 64 else "short", arguments)
+    inputs, t = _inputs_and_tile(call, "forward" if call.q.shape[2] > 64 else "short")
     blocks = triton.cdiv(call.q.shape[2], t.m)
     forward_kernel[(blocks * call.q.shape[1] * call.q.shape[0],)](
-        **arguments,
+        inputs,
         o=o,
         residual=residual,
         peaks=_peaks(norms),
@@ -192,23 +199,21 @@ def _forward(call: Call, o: Tensor, residual: Tensor | None, norms: Tensor) -> N
         s_o=o.stride(),
         s_row=norms[0].stride(),
         blocks=blocks,
-        keep_scale=_keep_scale(call),
         **_options(t),
     )
 
 
 def _decode(call: Call, o: Tensor, residual: Tensor | None, norms: Tensor) -> None:
-    arguments = kernel_arguments(call)
-    t = _tile(call, "decode", arguments)
+    inputs, t = _inputs_and_tile(call, "decode")
     batch, heads, n_rows, _ = call.q.shape
-    blocks = triton.cdiv(arguments["group"] * n_rows, t.m)
+    blocks = triton.cdiv(inputs.group * n_rows, t.m)
     programs = batch * call.k.shape[1] * blocks
     splits = max(1, min(_MAX_SPLITS, 2 * _multiprocessors(call.q.device) // programs, call.k.shape[2] // (2 * t.n)))
     d_v = call.v.shape[-1]
     partial = torch.empty(batch, heads, n_rows, splits, d_v, dtype=torch.float32, device=call.q.device)
     peaks, totals = torch.empty(2, batch, heads, n_rows, splits, dtype=torch.float32, device=call.q.device)
     decode_kernel[(programs * splits,)](
-        **arguments,
+        inputs,
         partial=partial,
         split_peaks=peaks,
         split_totals=totals,
@@ -237,11 +242,10 @@ def _decode(call: Call, o: Tensor, residual: Tensor | None, norms: Tensor) -> No
 
 
 def _dq(call: Call, do: Tensor, o: Tensor, residual: Tensor | None, norms: Tensor, dq: Tensor, delta: Tensor) -> None:
-    arguments = kernel_arguments(call)
-    t = _tile(call, "dq", arguments)
+    inputs, t = _inputs_and_tile(call, "dq")
     blocks, heads = triton.cdiv(call.q.shape[2], t.m), call.q.shape[1]
     dq_kernel[(blocks * heads * call.q.shape[0],)](
-        **arguments,
+        inputs,
         o=o,
         residual=residual,
         do=do,
@@ -255,7 +259,6 @@ def _dq(call: Call, do: Tensor, o: Tensor, residual: Tensor | None, norms: Tenso
         s_dq=dq.stride(),
         s_row=norms[0].stride(),
         blocks=blocks,
-        keep_scale=_keep_scale(call),
         **_options(t),
     )
 
@@ -264,8 +267,7 @@ def _dkdv(
     call: Call, do: Tensor, norms: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, need_scalars: bool
 ) -> Tensor | None:
     """Fill ``dk`` and ``dv``; the scalars' partial sums ``[B, H, blocks, 4N (+ 2)]`` if needed."""
-    arguments = kernel_arguments(call)
-    t = _tile(call, "dkdv", arguments)
+    inputs, t = _inputs_and_tile(call, "dkdv")
     blocks = triton.cdiv(call.k.shape[2], t.n)
     if blocks == 0:
         return None
@@ -276,7 +278,7 @@ def _dkdv(
             call.q.shape[0], call.q.shape[1], blocks, count, dtype=_sum_type(call), device=call.q.device
         )
     dkdv_kernel[(blocks * call.k.shape[1] * call.q.shape[0],)](
-        **arguments,
+        inputs,
         do=do,
         dk=dk,
         dv=dv,
@@ -289,20 +291,18 @@ def _dkdv(
         s_dv=dv.stride(),
         s_row=norms[0].stride(),
         blocks=blocks,
-        keep_scale=_keep_scale(call),
         **_options(t),
     )
     return partial
 
 
 def _dbias(call: Call, do: Tensor, norms: Tensor, delta: Tensor, dbias: Tensor) -> None:
-    arguments = kernel_arguments(call)
-    t = _tile(call, "bias", arguments)
+    inputs, t = _inputs_and_tile(call, "bias")
     full = dbias.view((1,) * (4 - dbias.ndim) + dbias.shape)
     batch, heads, n_rows, n_cols = full.shape
     row_blocks, col_blocks = triton.cdiv(n_rows, t.m), triton.cdiv(n_cols, t.n)
     bias_kernel[(batch * heads * row_blocks * col_blocks,)](
-        **arguments,
+        inputs,
         do=do,
         dbias=full,
         peaks=_peaks(norms),
@@ -347,18 +347,16 @@ def _peaks(norms: Tensor) -> Tensor | None:
     return norms[0] if len(norms) == 2 else None
 
 
-def _tile(call: Call, kernel: str, arguments: dict[str, Any]) -> Tile:
-    """The tile of a launch, put into its arguments."""
-    width = max(arguments["BLOCK_D"], arguments["BLOCK_DV"])
+def _inputs_and_tile(call: Call, kernel: str) -> tuple[Inputs, Tile]:
+    """The inputs of a launch, and its tile."""
     lean = call.mask is None and call.bias is None and call.seed is None
-    t = tile(kernel, width, call.q.dtype, _shared_memory(call.q.device), lean)
-    arguments.update(BLOCK_M=t.m, BLOCK_N=t.n)
-    return t
+    width = max(_padded(call.q.shape[-1]), _padded(call.v.shape[-1]))
+    return inputs_of(call), tile(kernel, width, call.q.dtype, _shared_memory(call.q.device), lean)
 
 
 def _options(t: Tile) -> dict[str, Any]:
     # Newer Triton versions fuse multiplications and additions only on demand.
-    return {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
+    return {"BLOCK_M": t.m, "BLOCK_N": t.n, "num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
 
 
 def _padded(width: int) -> int:
