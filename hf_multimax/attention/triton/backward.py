@@ -22,6 +22,7 @@ from hf_multimax.attention.triton.common import (
     load_norm,
     load_rows,
     probabilities,
+    query_block,
     query_bounds,
     scalar_moments,
     store_rows,
@@ -82,13 +83,7 @@ def dq_kernel(
     slopes may be steep.
     """
     # 1. which head, which queries
-    pid = tl.program_id(0)
-    stream = pid // blocks
-    batch, head = stream // call.heads, stream % call.heads
-    block = pid % blocks
-    if call.CAUSAL:
-        block = blocks - 1 - block  # the longest rows first
-    m0 = block * BLOCK_M
+    stream, batch, head, m0 = query_block(call, blocks, BLOCK_M)
     k = head_base(call.k, call.s_k, batch, head // call.group)
     v = head_base(call.v, call.s_v, batch, head // call.group)
     mask = head_base(call.mask, call.s_mask, batch, head)

@@ -477,6 +477,17 @@ def dropout_keep(seed, threshold, row, col, stream, TRANSPOSED: tl.constexpr, CO
 
 
 @triton.jit
+def query_block(call, blocks, BLOCK_M: tl.constexpr):
+    """(head of the batch, batch, head, first query) of a program that has a tile of one head's queries."""
+    pid = tl.program_id(0)
+    stream = pid // blocks
+    block = pid % blocks
+    if call.CAUSAL:
+        block = blocks - 1 - block  # the longest rows first
+    return stream, stream // call.heads, stream % call.heads, block * BLOCK_M
+
+
+@triton.jit
 def key_bounds(m0, call, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(lo, full_lo, full_hi, hi): keys that queries m0.. may see; tiles in [full_lo, full_hi) need no check.
 
