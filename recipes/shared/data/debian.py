@@ -1,15 +1,12 @@
 """Debian's data packages: downloaded and unpacked into the package's cache folder, not installed."""
 
-import logging
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from hf_multimax.cache import cache_folder
 from recipes.shared.checks import DataError
-
-logger = logging.getLogger(__name__)
+from recipes.shared.kept import kept_folder
 
 
 def debian_package(name: str) -> Path:
@@ -20,21 +17,7 @@ def debian_package(name: str) -> Path:
     Raises:
         DataError: if the package cannot be fetched, with the reason and the way out.
     """
-    try:
-        folder = cache_folder() / "debian" / name
-    except OSError as error:
-        raise DataError(str(error)) from error
-    if folder.is_dir():
-        return folder
-    logger.info(f"fetching the Debian package {name} into {folder}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as partial:
-            _download(name, Path(partial)).replace(folder)
-    except OSError as error:
-        if not folder.is_dir():  # else another process was faster
-            raise DataError(f"the cache {folder.parent} cannot be written ({error}): set HF_MULTIMAX_CACHE") from error
-    return folder
+    return kept_folder("debian", name, lambda folder: _download(name, folder))
 
 
 def debian_folder(package: str, pattern: str) -> Path:
