@@ -1,11 +1,11 @@
-"""Scalars on a frozen real checkpoint against their rivals, from the first step on: ``python -m benchmarks.scalar_start``.
+"""Scalars on a frozen real checkpoint against their rivals: ``python -m benchmarks.scalar_start [--data web]``.
 
-SmolLM2-135M-Instruct (fetched by pip, see ``recipes.shared.checkpoints``) in bfloat16, windows of a built-in text, AdamW
-with linear decay to zero. Every arm is an adapter of one model and has the same search: three learning rates with three
-seeds each, on the same windows in the same order; ``benchmarks.scalar_summary`` chooses the rate on some held-out windows
-and judges on others. Low-rank updates, whose rates are smaller, search at a tenth of the scalars' rates. Writes
-``benchmarks/results/scalar_start-cpu.json`` (with ``--data web`` ``scalar_start_web-cpu.json``) after every run and goes
-on with what is there.
+SmolLM2-135M-Instruct (fetched by pip, see ``recipes.shared.checkpoints``) in bfloat16, windows of a built-in text,
+AdamW with linear decay to zero. Every arm is an adapter of one model and has the same search: three learning rates with
+the first seed, of which the best on some held-out windows runs with two more, on the windows that every arm sees, in
+the same order; other held-out windows judge. ``--all-rates`` runs every rate with every seed. Low-rank updates, whose
+rates are smaller, search at a tenth of the scalars' rates. Writes ``benchmarks/results/scalar_start-cpu.json`` (for
+other texts ``scalar_start_<text>-cpu.json``) after every run and goes on with what is there.
 """
 
 import argparse
@@ -23,19 +23,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.common import ROOT, add_thread_option, peak_extra_bytes, results_path, write_results
-from benchmarks.scalar_summary import UNTUNED, summary
+from benchmarks.scalar_summary import REFERENCE, UNTUNED, chosen_rate, summary
 from benchmarks.tables import table
 from hf_multimax import is_patched, parameter_groups, patch_model, unpatch_model
 from hf_multimax.peft import MultiMaxAdapterConfig
-from recipes.shared.adapters import LORA
 from recipes.shared.checkpoints import checkpoint_folder
 from recipes.shared.data.text import BUILT_IN_TEXTS, load_text
 from recipes.shared.tokens import encode
 
 RATES, SEEDS, STEPS = (1e-3, 5e-3, 2e-2), (0, 1, 2), 25
 #: Windows of a step and their tokens; windows held out to choose by, and as many again to judge by.
-BATCH, LENGTH, HELD_OUT = 2, 256, 16
+BATCH, LENGTH, HELD_OUT = 2, 256, 12
 LOW_RANK_RATE = 0.1
+LOW_RANK = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
 @dataclass(frozen=True)
@@ -50,27 +50,33 @@ def scalars(**options: object) -> Callable[[PreTrainedModel], PeftModel]:
     return lambda model: get_peft_model(model, MultiMaxAdapterConfig(**options))
 
 
-def temperature(model: PreTrainedModel) -> PeftModel:
-    """One temperature per layer: of the affine variant only the scale."""
-    adapted = scalars(affine=True)(model)
-    for name, parameter in adapted.named_parameters():
-        parameter.requires_grad_(name.endswith(".scale"))
-    return adapted
+def temperature(**options: object) -> Callable[[PreTrainedModel], PeftModel]:
+    """Of the affine variant only the scale."""
+
+    def adapt(model: PreTrainedModel) -> PeftModel:
+        adapted = scalars(affine=True, **options)(model)
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(name.endswith(".scale"))
+        return adapted
+
+    return adapt
 
 
 def low_rank(model: PreTrainedModel) -> PeftModel:
-    return get_peft_model(model, LoraConfig(**LORA))
+    return get_peft_model(model, LoraConfig(**LOW_RANK))
 
 
 def low_rank_and_scalars(model: PreTrainedModel) -> PeftModel:
-    return get_peft_model(patch_model(model, order=1), LoraConfig(**LORA, modules_to_save=["multimax"]))
+    return get_peft_model(patch_model(model, order=1), LoraConfig(**LOW_RANK, modules_to_save=["multimax"]))
 
 
 ARMS = {
-    "one temperature per layer": Arm(temperature),
+    REFERENCE: Arm(temperature()),
     "MultiMax, order 1": Arm(scalars(order=1)),
-    "MultiMax, order 2": Arm(scalars(order=2)),
     "MultiMax, order 2, one rate": Arm(scalars(order=2), grouped=False),
+    "MultiMax, order 2": Arm(scalars(order=2)),
+    "one temperature per head": Arm(temperature(per_head=True)),
+    "MultiMax, order 1, per head": Arm(scalars(order=1, per_head=True)),
     "LoRA, rank 8": Arm(low_rank),
     "LoRA + MultiMax, order 1": Arm(low_rank_and_scalars),
 }
@@ -110,9 +116,7 @@ class Experiment:
         adapted = ARMS[name].adapt(self.model)
         trained = [p for p in adapted.parameters() if p.requires_grad]
         groups = parameter_groups(adapted, multimax_learning_rate=rate) if ARMS[name].grouped else [{"params": trained}]
-        optimizer = torch.optim.AdamW(
-            groups, lr=rate * LOW_RANK_RATE if ARMS[name].grouped else rate, weight_decay=0.0
-        )
+        optimizer = torch.optim.AdamW(groups, lr=rate * LOW_RANK_RATE if ARMS[name].grouped else rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
         adapted.train()
         seconds = []
@@ -158,22 +162,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=tuple(BUILT_IN_TEXTS), default="pydoc")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
+    parser.add_argument("--all-rates", action="store_true", help="every rate with every seed, not the best one only")
     add_thread_option(parser)
     options = parser.parse_args()
     name = "scalar_start" if options.data == "pydoc" else f"scalar_start_{options.data}"
     path = results_path(name, "cpu")
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    done = {(row["arm"], row["rate"], row["seed"]) for row in rows}
-    experiment = Experiment(options.data)
     about = {"data": options.data, "steps": STEPS, "batch": BATCH, "length": LENGTH, "held-out windows": HELD_OUT}
+    experiment = Experiment(options.data)
     if not rows:
         rows.append({"arm": UNTUNED, "rate": None, "seed": None, **experiment.evaluate(experiment.model)})
-    for seed in SEEDS:  # seed by seed: an interrupted run has whole searches
+
+    def run(arm: str, rate: float, seed: int) -> None:
+        if not any((row["arm"], row["rate"], row["seed"]) == (arm, rate, seed) for row in rows):
+            rows.append(experiment.run(arm, rate, seed))
+            write_results(name, rows, **about)
+
+    for arm in options.arms:
+        for rate in RATES:
+            run(arm, rate, SEEDS[0])
+    for seed in SEEDS[1:]:
         for arm in options.arms:
-            for rate in RATES:
-                if (arm, rate, seed) not in done:
-                    rows.append(experiment.run(arm, rate, seed))
-                    write_results(name, rows, **about)
+            for rate in RATES if options.all_rates else [chosen_rate(rows, arm)]:
+                run(arm, rate, seed)
     print(table(summary(rows)))
     print("in", path.relative_to(ROOT))
 

@@ -31,7 +31,7 @@ from transformers import (
 
 from hf_multimax.diagnostics import attention_statistics
 from hf_multimax.models.loader_file import write_loader
-from hf_multimax.normalizers.base import OUTPUT, is_patched, multimax_parameters, named_normalizers, whole
+from hf_multimax.normalizers.base import OUTPUT, MultiMax, is_patched, multimax_parameters, named_normalizers, whole
 from hf_multimax.publishing.card import layer_modulators, model_card
 
 __all__ = [
@@ -48,6 +48,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 CLIPS = ("group", "scale", "global")
+#: How far from a threshold the scores of pretrained attention reach: a slope of order n acts on the n-th power of that,
+#: and what it is trained by are steps of one size (Adam), whatever its gradient.
+REACH = 30.0
 
 
 @dataclass
@@ -55,7 +58,11 @@ class MultiMaxArgumentsMixin:
     """What MultiMax adds to TrainingArguments. Raises ValueError, naming the field, for impossible values."""
 
     multimax_learning_rate: float | None = field(
-        default=None, metadata={"help": "learning rate of MultiMax's scalars; None: that of the other parameters"}
+        default=None,
+        metadata={
+            "help": "learning rate of MultiMax's scalars (slopes of order 2 and more that began at zero have less, see "
+            "parameter_groups); None: that of the other parameters"
+        },
     )
     multimax_clip: str = field(
         default="group",
@@ -172,7 +179,7 @@ class MultiMaxTrainerMixin:
         optimizer = super().create_optimizer(*args, **kwargs)
         if not had_one:
             model = args[0] if args else kwargs.get("model") or self.model
-            _separate(optimizer, list(multimax_parameters(model).values()), self.args.multimax_learning_rate)
+            _separate(optimizer, model, self.args.multimax_learning_rate)
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -266,16 +273,18 @@ def parameter_groups(
     Args:
         model: a patched model, or one that holds it.
         weight_decay: of matrices; biases, norms and MultiMax's scalars get none.
-        multimax_learning_rate: of the scalars; None for the optimizer's.
+        multimax_learning_rate: of the scalars; None for the optimizer's. The slopes ``ts`` of a modulator of order
+            N >= 2 that began as SoftMax (``init="identity"``) get it divided by ``30 ** (N - 1)``: scores of pretrained
+            attention reach tens away from zero, and one rate for all makes the first steps undo what was learned.
 
     Returns:
-        Groups of trainable parameters: decayed, not decayed, MultiMax's; empty ones are left out.
+        Groups of trainable parameters: decayed, not decayed, MultiMax's, its slow slopes; empty ones are left out.
 
     Example:
         >>> import torch
         >>> from transformers import AutoModelForCausalLM
         >>> from hf_multimax import parameter_groups, patch_model
-        >>> model = patch_model(AutoModelForCausalLM.from_pretrained("gpt2"))
+        >>> model = patch_model(AutoModelForCausalLM.from_pretrained("gpt2"), order=1)
         >>> groups = parameter_groups(model, weight_decay=0.1, multimax_learning_rate=1e-2)
         >>> optimizer = torch.optim.AdamW(groups, lr=1e-4)
         >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
@@ -286,10 +295,13 @@ def parameter_groups(
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if id(p) not in scalars and p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if id(p) not in scalars and p.ndim <= 1], "weight_decay": 0.0},
-        {"params": [p for p in trained if id(p) in scalars], "weight_decay": 0.0},
     ]
-    if multimax_learning_rate is not None:
-        groups[2]["lr"] = multimax_learning_rate
+    ours = [p for p in trained if id(p) in scalars]
+    if multimax_learning_rate is None:
+        groups.append({"params": ours, "weight_decay": 0.0})
+    else:
+        for rate, parameters in _by_rate(model, ours, multimax_learning_rate).items():
+            groups.append({"params": parameters, "weight_decay": 0.0, "lr": rate})
     return [group for group in groups if group["params"]]
 
 
@@ -306,18 +318,28 @@ def _named(model: nn.Module) -> Iterator[tuple[str, float]]:
                     yield f"{layer}/{'_'.join(filter(None, parts))}", number
 
 
-def _separate(optimizer: torch.optim.Optimizer, scalars: list[nn.Parameter], rate: float | None) -> None:
+def _separate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float | None) -> None:
     """Move the scalars of an optimizer without state into groups of their own."""
-    ours = {id(parameter) for parameter in scalars}
+    ours = {id(parameter) for parameter in multimax_parameters(model).values()}
     if ours and "muon" in type(optimizer).__name__.lower():
         raise ValueError("Muon orthogonalises matrices, which MultiMax's scalars are not: train them with AdamW")
     if rate is None:
         return
     for group in list(optimizer.param_groups):
         moved = [p for p in group["params"] if id(p) in ours]
-        if moved:
-            group["params"] = [p for p in group["params"] if id(p) not in ours]
-            optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        group["params"] = [p for p in group["params"] if id(p) not in ours]
+        for of_group, parameters in _by_rate(model, moved, rate).items():
+            optimizer.add_param_group({**group, "params": parameters, "lr": of_group})
+
+
+def _by_rate(model: nn.Module, scalars: list[nn.Parameter], rate: float) -> dict[float, list[nn.Parameter]]:
+    """Scalars by their learning rate: ``rate``, and less for slopes that act on powers of large scores."""
+    started_at_zero = [m for m in model.modules() if isinstance(m, MultiMax) and m.init == "identity"]
+    slopes = {id(m.ts): rate / REACH ** (m.order - 1) for m in started_at_zero}
+    rates: dict[float, list[nn.Parameter]] = {}
+    for parameter in scalars:
+        rates.setdefault(slopes.get(id(parameter), rate), []).append(parameter)
+    return rates
 
 
 def _has_attention(model: nn.Module) -> bool:

