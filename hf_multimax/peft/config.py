@@ -25,12 +25,18 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
 
     Its fields are those of :class:`hf_multimax.MultiMaxConfig` and of ``peft.PeftConfig``, and two of PEFT's own. On a
     stock model ``init`` says how the scalars start; on a patched one, whose normalizer, order and so on must be the
-    same, they start from the scalars that it has.
+    same, they start from the scalars that it has. Unless it is given, the order is that of a patched model, and 1 for a
+    stock one: a slope of order n acts on the n-th power of scores that reach tens away from zero in pretrained
+    attention, so that with order 2 and one learning rate the first steps undo what was learned.
 
     Raises:
         ValueError: for an impossible value; TypeError for an unknown field.
     """
 
+    order: int | None = field(
+        default=None,
+        metadata={"help": "order N of the modulator (default that of the model if it is patched, else 1)"},
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
@@ -43,6 +49,9 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        self._order_is_open = self.order is None
+        if self._order_is_open and self.normalizer == "multimax":
+            self.order = 1
         MultiMaxConfig.__post_init__(self)
         PeftConfig.__post_init__(self)
         self.peft_type = PeftType(TYPE)
@@ -62,6 +71,11 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
         """The part of it that a patched model is made with."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(MultiMaxConfig)}
         return MultiMaxConfig(**{**values, **overrides})
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """Take over the order of a patched model, if none was given."""
+        if self._order_is_open:
+            self.order = model.config.multimax["order"]
 
     def layers(self, model: PreTrainedModel) -> list[str]:
         """The names of the attention layers of ``model`` that it replaces.

@@ -33,7 +33,7 @@ class ModelArguments:
     normalizer_kwargs: str = HfArg(default="{}", help="options of the normalizer, JSON")
     attention: bool = HfArg(default=True, help="replace the SoftMax of attention")
     output: bool = HfArg(default=False, help="modulate the output logits (multimax only)")
-    order: int | None = HfArg(default=None, help="number of terms of the modulator (2, 1 with affine)")
+    order: int | None = HfArg(default=None, help="number of terms of the modulator (2; 1 with affine or adapter)")
     affine: bool = HfArg(default=False, help="the affine variant")
     per_head: bool = HfArg(default=False, help="scalars per head instead of per layer")
     init: str | None = HfArg(default=None, help="identity or paper; default: paper when pre-training, else identity")
@@ -106,6 +106,9 @@ def build_model(options: ModelArguments, make_stock: Callable[[], PreTrainedMode
                 "options, or start from the stock checkpoint"
             )
     elif config is not None and options.adapter in (None, "lora+multimax"):  # others are for the stock model
-        patch_model(model, config)
+        open_order = options.adapter and options.order is None and config.normalizer == "multimax"
+        patch_model(
+            model, config.replace(order=1) if open_order else config
+        )  # the order of an adapter of scalars alone
     set_seed(seed + 1)
     return model
