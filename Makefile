@@ -7,7 +7,7 @@ OLDEST = .venv-oldest
 
 .PHONY: demo test test-newest test-oldest test-slow docs style format clean
 
-## The main job on real text. MODEL=<path or Hub id> starts from that checkpoint, DATA=<file, folder, web or Hub id>.
+## The main job on real text. MODEL=<smollm2, path or Hub id> starts from that checkpoint, DATA=<file, folder, web or Hub id>.
 demo: $(NEWEST)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(NEWEST)/bin/python -m recipes.demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
 

@@ -1,4 +1,4 @@
-"""Write the documents' tables of speed from what the benchmarks measured.
+"""Write the documents' tables of speed, and of what adapters learn, from what the benchmarks measured.
 
     python -m benchmarks.report
     python -m benchmarks.report --check
@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, results_path
 from benchmarks.gpu import results as gpu_results
+from benchmarks.scalar_summary import summary
 
 __all__ = ["main"]
 
@@ -155,9 +156,45 @@ def normalizers() -> str:
     return _table(["", *(f"N = {n}" for n in lengths), "zeros, %"], lines)
 
 
+def scalar_start() -> str:
+    """Adapters of a real checkpoint after their first steps, for each text."""
+    text = ""
+    for path in sorted(results_path("scalar_start", "cpu").parent.glob("scalar_start*-cpu.json"), key=_name_length):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lines = [
+            [
+                row["arm"],
+                f"{row['trained']:,}",
+                f"{row['file bytes'] / 1e3:,.1f}",
+                f"{row['rate']:g}",
+                f"{row['gain']:+.4f}",
+                _interval(row),
+                ", ".join(f"{gain:+.4f}" for gain in row["gains"].values()),
+                f"{row['step s']:.2f}",
+            ]
+            for row in summary(found["rows"])
+        ]
+        head = ["arm", "trained", "file, kB", "rate", "gain", "loss − one temperature per layer's, 95 % interval"]
+        text += f"{'' if not text else chr(10)}Text `{found['data']}`:\n\n"
+        text += _table([*head, "gain at 0.001, 0.005, 0.02", "CPU seconds a step"], lines)
+    return text
+
+
+def adapter_step() -> str:
+    """Steps of adapters over those of full fine-tuning."""
+    lines = [
+        [row["model"], row["arm"], f"{row['trained']:,}", _ratio(row["time / full"]), _ratio(row["memory / full"])]
+        for row in _rows("adapter_step", "cpu")
+    ]
+    return _table(["model", "what is trained", "parameters", "time", "memory"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    function.__name__: function for function in (normalizers, attention, attention_memory, training_step, cross_entropy)
-}
+    function.__name__: function
+    for function in (
+        normalizers, attention, attention_memory, training_step, cross_entropy, scalar_start, adapter_step,
+    )
+}  # fmt: skip
 
 
 def _by_device(
@@ -228,6 +265,16 @@ def _ratio(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.{1 if value >= 10 else 2 if value >= 0.1 else 3}f}"
+
+
+def _interval(row: Row) -> str:
+    if row.get("against") is None:
+        return "-"
+    return f"{row['against']:+.4f}" + (f" [{row['low']:+.4f}, {row['high']:+.4f}]" if row["low"] is not None else "")
+
+
+def _name_length(path: Path) -> int:
+    return len(path.name)
 
 
 def _table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
