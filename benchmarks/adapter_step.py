@@ -1,8 +1,8 @@
 """A training step of scalars alone against full fine-tuning and LoRA: ``python -m benchmarks.adapter_step``.
 
 GPT-2 small and a Llama of 135M parameters (the shape of SmolLM2) with random weights, 512 tokens, float32 on a CPU. A
-step is forward, backward and AdamW; the arms are copies of one stock model, and take turns in one process. Memory is what
-the first step takes beyond the weights: activations, gradients and the optimizer's state. Writes
+step is forward, backward and AdamW; the arms are copies of one stock model, and take turns in one process. Memory is
+what the first step takes beyond the weights: activations, gradients and the optimizer's state. Writes
 ``benchmarks/results/adapter_step-cpu.json``.
 """
 
@@ -33,8 +33,7 @@ def arms(stock: PreTrainedModel, low_rank: list[str]) -> dict[str, Callable[[], 
     configs = {
         "LoRA, rank 8": LoraConfig(r=8, target_modules=low_rank),
         "scalars": MultiMaxAdapterConfig(),
-        "scalars, order 2": MultiMaxAdapterConfig(order=2),
-        "scalars, per head": MultiMaxAdapterConfig(per_head=True),
+        "scalars, order 2, per layer": MultiMaxAdapterConfig(order=2, per_head=False),
     }
     adapted = {name: lambda c=config: get_peft_model(copy.deepcopy(stock), c) for name, config in configs.items()}
     return {FULL: lambda: copy.deepcopy(stock), **adapted}

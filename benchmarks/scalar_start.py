@@ -46,8 +46,8 @@ class Arm:
     grouped: bool = True
 
 
-def scalars(**options: object) -> Callable[[PreTrainedModel], PeftModel]:
-    return lambda model: get_peft_model(model, MultiMaxAdapterConfig(**options))
+def scalars(per_head: bool = False, **options: object) -> Callable[[PreTrainedModel], PeftModel]:
+    return lambda model: get_peft_model(model, MultiMaxAdapterConfig(per_head=per_head, **options))
 
 
 def temperature(**options: object) -> Callable[[PreTrainedModel], PeftModel]:
@@ -67,7 +67,8 @@ def low_rank(model: PreTrainedModel) -> PeftModel:
 
 
 def low_rank_and_scalars(model: PreTrainedModel) -> PeftModel:
-    return get_peft_model(patch_model(model, order=1), LoraConfig(**LOW_RANK, modules_to_save=["multimax"]))
+    patched = patch_model(model, order=1, per_head=True)
+    return get_peft_model(patched, LoraConfig(**LOW_RANK, modules_to_save=["multimax"]))
 
 
 ARMS = {
@@ -78,7 +79,7 @@ ARMS = {
     "one temperature per head": Arm(temperature(per_head=True)),
     "MultiMax, order 1, per head": Arm(scalars(order=1, per_head=True)),
     "LoRA, rank 8": Arm(low_rank),
-    "LoRA + MultiMax, order 1": Arm(low_rank_and_scalars),
+    "LoRA + MultiMax, order 1, per head": Arm(low_rank_and_scalars),
 }
 
 

@@ -323,13 +323,13 @@ def _separate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float | 
     ours = {id(parameter) for parameter in multimax_parameters(model).values()}
     if ours and "muon" in type(optimizer).__name__.lower():
         raise ValueError("Muon orthogonalises matrices, which MultiMax's scalars are not: train them with AdamW")
-    if rate is None:
-        return
     for group in list(optimizer.param_groups):
-        moved = [p for p in group["params"] if id(p) in ours]
-        group["params"] = [p for p in group["params"] if id(p) not in ours]
-        for of_group, parameters in _by_rate(model, moved, rate).items():
-            optimizer.add_param_group({**group, "params": parameters, "lr": of_group})
+        scalars = [p for p in group["params"] if id(p) in ours]
+        for own_rate, moved in _by_rate(model, scalars, float(group["lr"]) if rate is None else rate).items():
+            if own_rate != group["lr"]:
+                gone = {id(p) for p in moved}
+                group["params"] = [p for p in group["params"] if id(p) not in gone]
+                optimizer.add_param_group({**group, "params": moved, "lr": own_rate})
 
 
 def _by_rate(model: nn.Module, scalars: list[nn.Parameter], rate: float) -> dict[float, list[nn.Parameter]]:

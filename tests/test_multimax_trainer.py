@@ -80,7 +80,8 @@ def test_every_parameter_is_in_one_group_with_its_own_rate_and_decay(tmp_path, r
     assert len(scalars) == 6
     for name, parameter in model.named_parameters():
         group = place[id(parameter)]
-        assert group["lr"] == ((rate or 0.01) if name in scalars else 0.01), name
+        own = (rate or 0.01) / (30 if name.endswith(".ts") else 1)  # of order 2
+        assert group["lr"] == (own if name in scalars else 0.01), name
         if name in scalars:
             assert group["weight_decay"] == 0
     assert place[id(model.transformer.wte.weight)]["weight_decay"] == 0.1
@@ -99,13 +100,25 @@ def test_a_rate_of_its_own_moves_the_scalars_only(tmp_path):
     assert all(results[1][name] == results[0][name] for name in results[0].keys() - scalars)  # one step: no feedback
 
 
-def test_parameter_groups_for_a_loop_of_ones_own():
-    model = patched()
+@pytest.mark.parametrize(
+    "options, slopes",  # and the rate of slopes, of 0.5 for the others
+    [({"order": 1}, 0.5), ({}, 0.5 / 30), ({"order": 3}, 0.5 / 900), ({"init": "paper"}, 0.5), ({"affine": True}, 0.5)],
+    ids=str,
+)
+def test_parameter_groups_for_a_loop_of_ones_own(options, slopes):
+    model = patched(**options)
     groups = parameter_groups(model, weight_decay=0.1, multimax_learning_rate=0.5)
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
-    assert [group.get("lr") for group in groups] == [None, None, 0.5]
-    assert {id(p) for p in groups[2]["params"]} == {id(p) for p in multimax_parameters(model).values()}
+    rates = {id(p): group.get("lr") for group in groups for p in group["params"]}
+    scalars = multimax_parameters(model)
+    assert [group["weight_decay"] for group in groups][:2] == [0.1, 0.0]
+    assert not any(group["weight_decay"] for group in groups[2:])
+    assert {name: rates.pop(id(p)) for name, p in scalars.items()} == {
+        name: slopes if name.endswith(".ts") else 0.5 for name in scalars
+    }
+    assert set(rates.values()) == {None}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    together = parameter_groups(model)
+    assert len(together) == 3 and not any("lr" in group for group in together)
     torch.optim.AdamW(groups, lr=0.1)
     assert len(parameter_groups(freeze_base(model))) == 1
     assert len(parameter_groups(make("GPT2LMHeadModel"))) == 2

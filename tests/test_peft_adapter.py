@@ -37,6 +37,7 @@ from hf_multimax import (
     patch_model,
     unpatch_model,
 )
+from hf_multimax.models import discovery
 from hf_multimax.normalizers.base import named_normalizers
 from hf_multimax.peft import MultiMaxAdapterConfig, bridge, names
 from hf_multimax.peft.files import RECORD
@@ -217,32 +218,56 @@ def test_config_has_the_fields_of_both_and_checks_them(tmp_path):
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     assert {*MultiMaxConfig().to_dict(), "outside", "target_modules", "peft_type", "task_type"} <= values.keys()
     assert MultiMaxAdapterConfig().order == 1 and MultiMaxAdapterConfig(affine=True).order == 1
+    assert MultiMaxAdapterConfig().per_head and not MultiMaxAdapterConfig(attention=False, output=True).per_head
     for wrong, error in (({"order": 0}, ValueError), ({"typo": 1}, TypeError), ({"task_type": "first"}, ValueError)):
         with pytest.raises(error):
             MultiMaxAdapterConfig(**wrong)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_the_order_is_that_of_a_patched_model_unless_it_is_given(order, tmp_path):
-    model = get_peft_model(patch_model(stock(), order=order), MultiMaxAdapterConfig())
-    model.add_adapter("second", MultiMaxAdapterConfig())
-    assert {p.shape[-1] for p in multimax_parameters(model).values()} == {2 * order}
-    assert {config.order for config in model.peft_config.values()} == {order}
+@pytest.mark.parametrize(
+    "options", [{}, {"order": 1}, {"order": 3, "per_head": True}, {"affine": True}, {"normalizer": "scalable_softmax"}]
+)
+def test_what_is_left_open_is_as_a_patched_model_has_it(options, tmp_path):
+    base = patch_model(stock(), **options)
+    has, shapes = base.config.multimax, {tuple(p.shape) for p in multimax_parameters(base).values()}
+    given = {name: value for name, value in options.items() if name not in ("order", "per_head")}
+    model = get_peft_model(base, MultiMaxAdapterConfig(**given))
+    model.add_adapter("second", MultiMaxAdapterConfig(**given))
+    assert {tuple(p.shape) for p in multimax_parameters(model).values()} == shapes
+    assert {(c.order, c.per_head) for c in model.peft_config.values()} == {(has["order"], has["per_head"])}
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["order"] == order
-    if order != 1:
-        with pytest.raises(ValueError, match=f"patched with order={order} already, and the adapter says order=1"):
-            get_peft_model(patch_model(stock(), order=order), MultiMaxAdapterConfig(order=1))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["order"], saved["per_head"]) == (has["order"], has["per_head"])
+    for name, other in (("order", has["order"] + 1), ("per_head", not has["per_head"])):
+        with pytest.raises(ValueError, match=rf"(?s){name}={other}|must be 1 when affine is true"):
+            get_peft_model(patch_model(stock(), **options), MultiMaxAdapterConfig(**given, **{name: other}))
+
+
+@pytest.mark.parametrize(
+    "name, heads", [("GPT2LMHeadModel", 4), ("T5ForConditionalGeneration", 4), ("BloomForCausalLM", 0)]
+)
+def test_on_a_stock_model_each_head_has_two_slopes_where_attention_tells_heads(name, heads):
+    model = get_peft_model(stock(name), MultiMaxAdapterConfig())
+    assert {tuple(p.shape) for p in multimax_parameters(model).values()} == {(heads, 2) if heads else (2,)}
+    shared = get_peft_model(stock(name), MultiMaxAdapterConfig(per_head=False, order=2))
+    assert {tuple(p.shape) for p in multimax_parameters(shared).values()} == {(4,)}
+
+
+def test_layers_that_do_not_tell_their_heads_have_scalars_for_all(monkeypatch):
+    monkeypatch.setattr(discovery, "HEAD_COUNT_ATTRIBUTES", ("unknown",))
+    adapter = get_peft_model(stock(), MultiMaxAdapterConfig())
+    assert {tuple(p.shape) for p in multimax_parameters(adapter).values()} == {(2,)}
 
 
 def test_size_of_a_gpt2_small_adapter(tmp_path):
     base = make("GPT2LMHeadModel", n_layer=12, n_head=12, n_embd=48)
     model = get_peft_model(base, MultiMaxAdapterConfig(task_type="CAUSAL_LM"))
-    assert model.get_nb_trainable_parameters()[0] == 48
+    assert model.get_nb_trainable_parameters()[0] == 12 * 12 * 4
     model.save_pretrained(tmp_path)
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert sizes["adapter_model.safetensors"] < 5_000
-    assert sum(sizes.values()) < 10_000, sizes
+    assert sizes["adapter_model.safetensors"] < 6_000
+    del sizes["README.md"]  # half of it is PEFT's form of a card
+    assert sum(sizes.values()) < 7_000, sizes
 
 
 def test_it_is_copied_and_pickled():
@@ -275,7 +300,7 @@ def test_the_card_says_what_it_is_once(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert "multimax" in card.data.tags and card.data.library_name == "peft"
     assert card.text.count("## Learned attention") == 1
-    assert "`multimax`, whose 8 scalars in 2 places" in card.text and "pip install hf-multimax" in card.text
+    assert "`multimax`, whose 32 scalars in 2 places" in card.text and "pip install hf-multimax" in card.text
     get_peft_model(stock(), LoraConfig(target_modules=["c_attn"])).save_pretrained(tmp_path / "lora")
     assert "Learned attention" not in (tmp_path / "lora" / "README.md").read_text()
 
@@ -578,13 +603,21 @@ def reshape(values):
         (lambda: stock(n_layer=1), None, "the adapter has and the model has no place for transformer.h.1"),
         (lambda: stock(n_layer=3), None, "the model needs and the adapter lacks transformer.h.2"),
         (lambda: stock("LlamaForCausalLM"), None, "does not fit this LlamaForCausalLM"),
-        (lambda: patch_model(stock(), order=2), None, r"patched with order=2.*MultiMaxAdapterConfig\(order=2\)"),
-        (lambda: patch_model(stock(), per_head=True), None, "per_head=True"),
+        (
+            lambda: patch_model(stock(), order=2),
+            None,
+            r"patched with order=2.*MultiMaxAdapterConfig\(order=2, per_head=False\)",
+        ),
+        (lambda: patch_model(stock(), order=1), None, "per_head=False"),
         (lambda: patch_model(stock(), normalizer="sparsemax"), None, "normalizer='sparsemax'"),
-        (lambda: patch_model(stock(), order=1, include=r"h\.0\."), None, "h.1.attn, where this patched.*has SoftMax"),
+        (
+            lambda: patch_model(stock(), order=1, per_head=True, include=r"h\.0\."),
+            None,
+            "h.1.attn, where this patched.*has SoftMax",
+        ),
         (lambda: torch.nn.Linear(2, 2), None, "needs a Transformers model"),
         (lambda: stock("GPT2LMHeadModel"), drop, "the model needs and the adapter lacks transformer.h.0.*ranges"),
-        (lambda: stock("GPT2LMHeadModel"), reshape, r"another shape: .*\[6\], not \[2\]"),
+        (lambda: stock("GPT2LMHeadModel"), reshape, r"another shape: .*\[6\], not \[4, 2\]"),
         (lambda: stock("GPT2LMHeadModel"), poison(float("nan")), "NaN or infinite: transformer.h.0"),
         (lambda: stock("GPT2LMHeadModel"), poison(float("inf")), "NaN or infinite: transformer.h.0"),
     ],

@@ -29,7 +29,7 @@ def check(base, folder, results, adapter, inputs):
     assert any("lora_" in key for key in keys) == ("lora" in adapter)
     assert any("multimax" in key for key in keys) == ("multimax" in adapter)
     assert (results["multimax"] is not None) == ("multimax" in adapter)
-    assert {len(value) for key, value in keys.items() if key.endswith(".ts")} == (
+    assert {value.shape[-1] for key, value in keys.items() if key.endswith(".ts")} == (
         {2} if "multimax" in adapter else set()
     )
     with torch.no_grad():

@@ -10,10 +10,11 @@ from peft import PeftConfig, PeftType
 from transformers import PreTrainedModel
 
 from hf_multimax.config import MultiMaxConfig
-from hf_multimax.models.discovery import find_layers, select_layers
+from hf_multimax.models.discovery import find_layers, head_count, select_layers
 from hf_multimax.models.generated import stock_of
 from hf_multimax.models.output import check_output_supported
 from hf_multimax.normalizers import build_normalizer
+from hf_multimax.normalizers.base import is_patched
 from hf_multimax.peft.names import TYPE
 
 __all__ = ["MultiMaxAdapterConfig", "patch_config"]
@@ -25,9 +26,10 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
 
     Its fields are those of :class:`hf_multimax.MultiMaxConfig` and of ``peft.PeftConfig``, and two of PEFT's own. On a
     stock model ``init`` says how the scalars start; on a patched one, whose normalizer, order and so on must be the
-    same, they start from the scalars that it has. Unless it is given, the order is that of a patched model, and 1 for a
-    stock one: a slope of order n acts on the n-th power of scores that reach tens away from zero in pretrained
-    attention, so that with order 2 and one learning rate the first steps undo what was learned.
+    same, they start from the scalars that it has. ``order`` and ``per_head`` are, unless they are given, those of a
+    patched model; for a stock one order 1, of each head. (In pretrained attention each head has scores of its own size,
+    and a slope of order n acts on the n-th power of scores that reach tens away from zero: with order 2 and one
+    learning rate for all the first steps undo what was learned.)
 
     Raises:
         ValueError: for an impossible value; TypeError for an unknown field.
@@ -35,7 +37,14 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
 
     order: int | None = field(
         default=None,
-        metadata={"help": "order N of the modulator (default that of the model if it is patched, else 1)"},
+        metadata={"help": "order N of the modulator (default: that of a patched model, else 1)"},
+    )
+    per_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "one set of parameters per attention head instead of one per layer (default: as a patched model "
+            "has it, else true where all layers tell how many heads they have)"
+        },
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -49,9 +58,12 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        self._order_is_open = self.order is None
-        if self._order_is_open and self.normalizer == "multimax":
+        self._open = [name for name in ("order", "per_head") if getattr(self, name) is None]
+        multimax = self.normalizer == "multimax"
+        if "order" in self._open and multimax:
             self.order = 1
+        if "per_head" in self._open:
+            self.per_head = multimax and self.attention is True
         MultiMaxConfig.__post_init__(self)
         PeftConfig.__post_init__(self)
         self.peft_type = PeftType(TYPE)
@@ -72,10 +84,13 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(MultiMaxConfig)}
         return MultiMaxConfig(**{**values, **overrides})
 
-    def follow(self, model: PreTrainedModel) -> None:
-        """Take over the order of a patched model, if none was given."""
-        if self._order_is_open:
-            self.order = model.config.multimax["order"]
+    def settle(self, model: PreTrainedModel) -> None:
+        """Choose for ``model`` what was left open: what it has if it is patched, else what all its layers can have."""
+        if is_patched(model):
+            for name in self._open:
+                setattr(self, name, model.config.multimax[name])
+        elif "per_head" in self._open and self.per_head:
+            self.per_head = _tell_heads(model, self.layers(model))
 
     def layers(self, model: PreTrainedModel) -> list[str]:
         """The names of the attention layers of ``model`` that it replaces.
@@ -104,6 +119,15 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
         if isinstance(self.target_modules, str):
             return re.fullmatch(self.target_modules, name) is not None
         return any(name == end or name.endswith(f".{end}") for end in self.target_modules)
+
+
+def _tell_heads(model: PreTrainedModel, names: list[str]) -> bool:
+    """Whether layers go through Transformers' interface, where scores have heads, and say how many."""
+    layers = find_layers(model).interface
+    try:
+        return all(name in layers and head_count(name, layers[name]) > 0 for name in names)
+    except ValueError:  # of a layer that does not say
+        return False
 
 
 def patch_config(

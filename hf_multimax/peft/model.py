@@ -62,8 +62,8 @@ class MultiMaxAdapterModel(BaseTuner):
         wanted = [*layers, *([OUTPUT] if peft_config.output else [])]
         if _is_stock_underneath(model) and not any(layer.holds_others() for layer in _layers(model).values()):
             unpatch_model(model)  # its adapters were deleted: the next one may be of another kind
+        peft_config.settle(model)
         if is_patched(model):
-            peft_config.follow(model)
             check_same(peft_config, model)
             self._make_room(peft_config, model, wanted)
         else:

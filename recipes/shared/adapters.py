@@ -39,7 +39,8 @@ def with_adapter(job: Job, options: ModelArguments) -> Job:
         raise DataError(f"--adapter {options.adapter} trains what replaces SoftMax: leave out --normalizer softmax")
     heads = HEADS.get(job.task, [])
     if options.adapter == "multimax":
-        values = {**config.to_dict(), "order": options.order}  # where it is open it is the adapter's to choose
+        # What is left open is the adapter's to choose.
+        values = {**config.to_dict(), "order": options.order, "per_head": options.per_head}
         adapter = MultiMaxAdapterConfig(**values, modules_to_save=heads or None)
     else:
         scalars = [f"multimax{part}" for part in ("", *(["_output"] if options.output else []))]

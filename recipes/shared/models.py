@@ -35,7 +35,9 @@ class ModelArguments:
     output: bool = HfArg(default=False, help="modulate the output logits (multimax only)")
     order: int | None = HfArg(default=None, help="number of terms of the modulator (2; 1 with affine or adapter)")
     affine: bool = HfArg(default=False, help="the affine variant")
-    per_head: bool = HfArg(default=False, help="scalars per head instead of per layer")
+    per_head: bool | None = HfArg(
+        default=None, help="scalars per head instead of per layer; default: with --adapter multimax"
+    )
     init: str | None = HfArg(default=None, help="identity or paper; default: paper when pre-training, else identity")
     include: str | None = HfArg(default=None, help="regular expression: only these attention layers")
     exclude: str | None = HfArg(default=None, help="regular expression: not these attention layers")
@@ -76,6 +78,7 @@ def normalizer_config(options: ModelArguments, pretraining: bool) -> MultiMaxCon
         return None
     values = {name: getattr(options, name) for name in _REPLACEMENT}
     values |= {"normalizer": name, "init": options.init or ("paper" if pretraining else "identity")}
+    values["per_head"] = bool(options.per_head)
     try:
         return MultiMaxConfig(**values)
     except (TypeError, ValueError) as error:
