@@ -325,8 +325,11 @@ def _separate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float | 
         raise ValueError("Muon orthogonalises matrices, which MultiMax's scalars are not: train them with AdamW")
     for group in list(optimizer.param_groups):
         scalars = [p for p in group["params"] if id(p) in ours]
-        for own_rate, moved in _by_rate(model, scalars, float(group["lr"]) if rate is None else rate).items():
-            if own_rate != group["lr"]:
+        common = group.get("lr") if rate is None else rate
+        if common is None:  # an optimizer that finds its own
+            continue
+        for own_rate, moved in _by_rate(model, scalars, float(common)).items():
+            if own_rate != group.get("lr"):
                 gone = {id(p) for p in moved}
                 group["params"] = [p for p in group["params"] if id(p) not in gone]
                 optimizer.add_param_group({**group, "params": moved, "lr": own_rate})

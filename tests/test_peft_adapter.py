@@ -249,6 +249,12 @@ def test_what_is_left_open_is_as_a_patched_model_has_it(options, tmp_path):
 def test_on_a_stock_model_each_head_has_two_slopes_where_attention_tells_heads(name, heads):
     model = get_peft_model(stock(name), MultiMaxAdapterConfig())
     assert {tuple(p.shape) for p in multimax_parameters(model).values()} == {(heads, 2) if heads else (2,)}
+    used = MultiMaxAdapterConfig()
+    get_peft_model(patch_model(stock(), order=3), used)
+    again = get_peft_model(stock(name), used)
+    assert [p.shape for p in multimax_parameters(again).values()] == [
+        p.shape for p in multimax_parameters(model).values()
+    ]
     shared = get_peft_model(stock(name), MultiMaxAdapterConfig(per_head=False, order=2))
     assert {tuple(p.shape) for p in multimax_parameters(shared).values()} == {(4,)}
 

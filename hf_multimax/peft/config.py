@@ -59,11 +59,7 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
 
     def __post_init__(self) -> None:
         self._open = [name for name in ("order", "per_head") if getattr(self, name) is None]
-        multimax = self.normalizer == "multimax"
-        if "order" in self._open and multimax:
-            self.order = 1
-        if "per_head" in self._open:
-            self.per_head = multimax and self.attention is True
+        self._set_open(self._for_stock_models())
         MultiMaxConfig.__post_init__(self)
         PeftConfig.__post_init__(self)
         self.peft_type = PeftType(TYPE)
@@ -87,10 +83,11 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
     def settle(self, model: PreTrainedModel) -> None:
         """Choose for ``model`` what was left open: what it has if it is patched, else what all its layers can have."""
         if is_patched(model):
-            for name in self._open:
-                setattr(self, name, model.config.multimax[name])
-        elif "per_head" in self._open and self.per_head:
-            self.per_head = _tell_heads(model, self.layers(model))
+            self._set_open(model.config.multimax)
+        else:
+            self._set_open(self._for_stock_models())
+            if "per_head" in self._open and self.per_head:
+                self.per_head = _tell_heads(model, self.layers(model))
 
     def layers(self, model: PreTrainedModel) -> list[str]:
         """The names of the attention layers of ``model`` that it replaces.
@@ -111,6 +108,14 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
                 f"{type(model).__name__}; they are {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
             )
         return chosen
+
+    def _for_stock_models(self) -> dict[str, Any]:
+        multimax = self.normalizer == "multimax"
+        return {"order": 1 if multimax or self.affine is True else 2, "per_head": multimax and self.attention is True}
+
+    def _set_open(self, values: dict[str, Any]) -> None:
+        for name in self._open:
+            setattr(self, name, values[name])
 
     def _targets(self, name: str) -> bool:
         """As PEFT's methods match names."""
