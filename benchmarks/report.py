@@ -170,13 +170,14 @@ def scalar_start() -> str:
                 f"{row['gain']:+.4f}",
                 _interval(row),
                 ", ".join(f"{gain:+.4f}" for gain in row["gains"].values()),
+                f"{row['worst']:+.4f}",
                 f"{row['step s']:.2f}",
             ]
             for row in summary(found["rows"])
         ]
         head = ["arm", "trained", "file, kB", "rate", "gain", "loss − one temperature per layer's, 95 % interval"]
         text += f"{'' if not text else chr(10)}Text `{found['data']}`:\n\n"
-        text += _table([*head, "gain at 0.001, 0.005, 0.02", "CPU seconds a step"], lines)
+        text += _table([*head, "gain at 0.001, 0.005, 0.02", "least of any run", "CPU seconds a step"], lines)
     return text
 
 
