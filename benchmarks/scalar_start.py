@@ -163,6 +163,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=tuple(BUILT_IN_TEXTS), default="pydoc")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=SEEDS, help="the first chooses the rate (default: 0 1 2)"
+    )
     parser.add_argument("--all-rates", action="store_true", help="every rate with every seed, not the best one only")
     add_thread_option(parser)
     options = parser.parse_args()
@@ -181,8 +184,8 @@ def main() -> None:
 
     for arm in options.arms:
         for rate in RATES:
-            run(arm, rate, SEEDS[0])
-    for seed in SEEDS[1:]:
+            run(arm, rate, options.seeds[0])
+    for seed in options.seeds[1:]:
         for arm in options.arms:
             for rate in RATES if options.all_rates else [chosen_rate(rows, arm)]:
                 run(arm, rate, seed)
