@@ -179,7 +179,8 @@ def _in_order(parts: list[tuple[Tensor, Tensor | None]], rows: list[Tensor | Non
     """The results of several normalizers, each row of the batch in its place."""
     order = torch.cat(rows).argsort().to(parts[0][0].device)
     out, weights = zip(*parts)
-    return torch.cat(out)[order], None if weights[0] is None else torch.cat(weights)[order]
+    # Where they are not wanted, some normalizers may give them all the same.
+    return torch.cat(out)[order], None if any(w is None for w in weights) else torch.cat(weights)[order]
 
 
 def _with_selected_keys(
