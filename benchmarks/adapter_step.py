@@ -56,7 +56,7 @@ def measure(name: str, size: str, budget_s: float) -> list[dict[str, object]]:
         steps[arm] = training_step(model, {"input_ids": ids, "labels": ids}, "cpu")
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         rows[arm] = {"model": name, "arm": arm, "trained": trained, "MB": peak_extra_bytes(steps[arm]) / 1e6}
-    times = paired_timing(steps, budget_s=budget_s, min_rounds=3, max_rounds=10, warmup=0)
+    times = paired_timing(steps, budget_s=budget_s, min_rounds=2, max_rounds=10, warmup=0)
     for arm, row in rows.items():
         row |= {"step s": times[arm].median, "time / full": times[arm].ratio(times[FULL])}
         row |= {"memory / full": row["MB"] / rows[FULL]["MB"], "rounds": len(times[arm].seconds), "load": load()}
