@@ -34,6 +34,7 @@ ORDER = (
     "attention.choice",
     "attention.choose",
     "attention.eager",
+    "attention.watched",
     "attention.interface",
     "publishing.__init__",
     "publishing.results",

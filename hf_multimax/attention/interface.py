@@ -13,6 +13,7 @@ from hf_multimax.attention.call import make_call
 from hf_multimax.attention.choose import choose_kernel, current_backend
 from hf_multimax.attention.context import autocast_dtype, without_autocast
 from hf_multimax.attention.eager import eager_attention, with_mask
+from hf_multimax.attention.watched import attention_in_tiles, watched
 from hf_multimax.functional import Affine, masked_softmax, modulate
 from hf_multimax.normalizers.base import MultiMax, Normalizer, normalizers_by_row, on_its_device
 
@@ -291,6 +292,8 @@ def _attend(
         if kernel is not None:
             return kernel.attention(call), None
         return eager_attention(call, _identity, masked_softmax)
+    if watched() and not weights_wanted:
+        return attention_in_tiles(call, normalizer.modulate, normalizer.normalize), None
     return eager_attention(call, normalizer.modulate, normalizer.normalize)
 
 
