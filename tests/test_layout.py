@@ -52,6 +52,7 @@ ORDER = (
     "diagnostics",
     "training",
     "__init__",
+    "command_line",
 )
 #: What computes with tensors alone.
 KERNELS = ("attention.context", "attention.schema", "attention.call", "attention.operators")
@@ -127,7 +128,8 @@ def test_kernels_stand_alone(name):
 def test_a_module_is_imported_without_optional_packages(name):
     triton = name.startswith(("attention.triton.", "loss.triton")) and not name.endswith(("backend", "__init__"))
     peft = {"peft"} if name in ("peft.config", "peft.layer", "peft.model") else set()
-    assert outer_imports(modules()[name]) <= EVERYWHERE | ({"triton"} if triton else set()) | peft
+    shell = {"typer", "rich"} if name.startswith("command_line.") and name != "command_line.main" else set()
+    assert outer_imports(modules()[name]) <= EVERYWHERE | ({"triton"} if triton else set()) | peft | shell
 
 
 def test_what_is_slow_to_import_is_not_imported():
@@ -138,7 +140,17 @@ def test_what_is_slow_to_import_is_not_imported():
     )
     loaded = set(done.stdout.split())
     assert "hf_multimax.attention" in loaded
-    assert not loaded & {"transformers.trainer", "accelerate", "entmax", "triton", "matplotlib", "jinja2", "peft"}
+    assert not loaded & {
+        "transformers.trainer",
+        "accelerate",
+        "entmax",
+        "triton",
+        "matplotlib",
+        "jinja2",
+        "peft",
+        "typer",
+        "rich",
+    }
     assert not loaded & {
         "hf_multimax.training",
         "hf_multimax.publishing.card",

@@ -123,5 +123,6 @@ def _exit_if_worse(lines: Sequence[str]) -> None:
 def _write_pages() -> None:
     found = results.read()
     page.PAGE.write_text(page.render(found), encoding="utf-8")
+    page.SHIPPED.write_text(page.shipped(found), encoding="utf-8")
     text = page.document(page.DOCUMENT.read_text(encoding="utf-8"), found)
     page.DOCUMENT.write_text(text, encoding="utf-8")

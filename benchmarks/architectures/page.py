@@ -1,5 +1,6 @@
 """SUPPORTED_MODELS.md and the counts in docs/supported-models.md, made from the results of a sweep."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 from benchmarks.architectures.results import failures
 from benchmarks.common import ROOT
 
-__all__ = ["DOCUMENT", "PAGE", "counts", "document", "render"]
+__all__ = ["DOCUMENT", "PAGE", "SHIPPED", "counts", "document", "render", "shipped"]
 
 PAGE = ROOT / "SUPPORTED_MODELS.md"
 DOCUMENT = ROOT / "docs" / "supported-models.md"
+#: What `hf-multimax supported` reads, also where only the package is installed.
+SHIPPED = ROOT / "hf_multimax" / "command_line" / "architectures.json"
 
 Row = Mapping[str, Any]
 _BLOCK = re.compile(r"(<!-- architectures -->\n).*?(<!-- /architectures -->)", flags=re.DOTALL)
@@ -51,6 +54,18 @@ cache, a static one and none, and the last logits alone are those among all; unp
 does not apply where the stock model cannot do the same.
 
 {"".join(sections)}"""
+
+
+def shipped(results: Mapping[str, Any]) -> str:
+    """The part of the results that comes with the package, a model type a line."""
+    lines = []
+    for row in results["rows"]:
+        why = row.get("sentence") or row.get("reason") or "; ".join(f"{k}: {v}" for k, v in failures(row).items())
+        skipped = [name for name, result in row["checks"].items() if result.startswith("- ")]
+        values = {"class": row.get("class"), "status": row["status"], "why": why, "not_applicable": skipped}
+        lines.append(f" {json.dumps(row['type'])}: {json.dumps(values)}")
+    versions = json.dumps({name: results["environment"]["versions"][name] for name in ("transformers", "torch")})
+    return f'{{"versions": {versions}, "types": {{\n' + ",\n".join(lines) + "\n}}\n"
 
 
 def counts(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -1,4 +1,4 @@
-"""Figures: what a modulator does to scores and to the distribution over them. Needs matplotlib (``[plots]``)."""
+"""Figures of modulators: what they do to scores, and to the distribution over them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +9,9 @@ import torch
 from hf_multimax.functional import modulate
 from hf_multimax.normalizers.base import Normalizer
 from hf_multimax.normalizers.registry import normalize
+from hf_multimax.plots.style import COLORS, new_figure, ordered_colors
 
-__all__ = ["plot_modulators", "plot_normalizer"]
+__all__ = ["plot_modulators", "plot_modulators_on_scores", "plot_normalizer"]
 
 #: More lines than this get a colour bar instead of a legend.
 _LEGEND = 10
@@ -31,7 +32,7 @@ def plot_normalizer(normalizer: Normalizer, scores: torch.Tensor, path: str | Pa
         ImportError: without matplotlib.
         ValueError: for a normalizer with parameters per head, or scores that are not one row.
     """
-    figure = _new_figure(8.0, 2.8)
+    figure = new_figure(8.0, 2.8)
     if getattr(normalizer, "num_heads", None) is not None:
         raise ValueError("plot_normalizer draws one head: this normalizer has parameters per head")
     if scores.ndim != 1:
@@ -40,13 +41,13 @@ def plot_normalizer(normalizer: Normalizer, scores: torch.Tensor, path: str | Pa
     with torch.no_grad():
         x = torch.linspace(float(scores.min()) - 1, float(scores.max()) + 1, 400)
         left.plot(x, x, color="0.7", label="identity (SoftMax)")
-        left.plot(x, normalizer.modulate(x), color="C3", label=r"$\sigma(x)$")
+        left.plot(x, normalizer.modulate(x), color=COLORS[1], label=r"$\sigma(x)$")
         left.set(xlabel="score x", title="modulator")
         left.legend(frameon=False)
         rows = {"SoftMax": normalize("softmax", scores), "sparsemax": normalize("sparsemax", scores)}
         rows["MultiMax"] = normalizer(scores)
         positions = torch.arange(len(scores))
-        for offset, color, (name, p) in zip((-0.27, 0.0, 0.27), ("0.7", "C0", "C3"), rows.items()):
+        for offset, color, (name, p) in zip((-0.27, 0.0, 0.27), ("0.7", COLORS[0], COLORS[1]), rows.items()):
             right.bar(positions + offset, p, width=0.27, color=color, label=name)
         right.set(xlabel="entry, by score", title="distribution", xticks=positions.tolist())
         right.legend(frameon=False)
@@ -78,15 +79,13 @@ def plot_modulators(
     curves = {name: values for name, values in layers.items() if values.get("ranges")}
     if not curves:
         raise ValueError("no layer has the `ranges` and `ts` of a MultiMax modulator: there is nothing to draw")
-    figure = _new_figure(8.0, 3.0)
-    from matplotlib import cm, colormaps, colors
-
+    figure = new_figure(8.0, 3.0)
     limit = max(5.0, *(1.5 * torch.tensor(values["ranges"]).abs().max().item() for values in curves.values()))
     x = torch.linspace(-limit, limit, 201)
     left, right = figure.subplots(1, 2)
     left.plot(x, x, color="0.7", label="identity (SoftMax)")
-    order = cm.ScalarMappable(colors.Normalize(0, max(1.1 * (len(curves) - 1), 1)), colormaps["viridis"])
-    for color, (name, values) in zip(order.to_rgba(range(len(curves))), curves.items()):
+    colors, order = ordered_colors(len(curves))
+    for color, (name, values) in zip(colors, curves.items()):
         for head, y in enumerate(_sigma(values, x)):
             left.plot(x, y, color=color, linewidth=1.0, label=name if head == 0 else None)
             right.plot(x, y - x, color=color, linewidth=1.0)
@@ -101,6 +100,81 @@ def plot_modulators(
     return figure
 
 
+@torch.no_grad()
+def plot_modulators_on_scores(layers: Mapping[str, Mapping[str, Any]], path: str | Path | None = None) -> Any:
+    """Draw sigma of every layer over the histogram of that layer's scores, a panel a layer.
+
+    The identity, which is SoftMax, is beside it; where sigma falls, so that a smaller score weighs more, the panel is
+    hatched.
+
+    Args:
+        layers: what :meth:`hf_multimax.diagnostics.LayerMeasures.to_dict` gives, by layer. Layers without ``ranges``
+            are left out.
+        path: where to save the figure, by its ending; None does not save.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if no layer has a modulator.
+    """
+    chosen = {name: values for name, values in layers.items() if values.get("ranges")}
+    if not chosen:
+        raise ValueError("no layer has the `ranges` and `ts` of a MultiMax modulator: there is nothing to draw")
+    columns = min(4, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure = new_figure(max(4.2, 2.6 * columns), 0.7 + 2.1 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat[len(chosen) :]:
+        axes.remove()
+    for axes, (name, values) in zip(panels.flat, chosen.items()):
+        _panel(axes, name, values)
+    handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    figure.supxlabel("score x", fontsize="medium")
+    figure.supylabel(r"$\sigma(x)$", fontsize="medium")
+    if path is not None:
+        figure.savefig(path, dpi=110)
+    return figure
+
+
+def _panel(axes: Any, name: str, values: Mapping[str, Any]) -> None:
+    edges, counts = torch.tensor(values["scores"]["edges"]), torch.tensor(values["scores"]["counts"])
+    low, high = _shown(edges, counts)
+    x = torch.linspace(low, high, 300)
+    behind = axes.twinx()
+    behind.set_zorder(-1)
+    axes.patch.set_visible(False)
+    if len(counts):
+        behind.stairs(counts, edges, fill=True, color="0.86", label="scores")
+    behind.set(yticks=[], xlim=(low, high))
+    axes.plot(x, x, color="0.35", linewidth=1.0, linestyle=(0, (4, 2)), label="identity (SoftMax)")
+    curves = _sigma(values, x)
+    for index, y in enumerate(curves):
+        faint = 1.0 if len(curves) == 1 else 0.75
+        label = None if index else (r"$\sigma$" if len(curves) == 1 else r"$\sigma$ of each head")
+        axes.plot(x, y, color=COLORS[1], linewidth=1.6 if len(curves) == 1 else 0.9, alpha=faint, label=label)
+    first = "falls" not in (entry.get_label() for entry in axes.patches)
+    for fall in values.get("falls", ()):
+        start = low if fall["low"] is None else max(low, fall["low"])
+        end = high if fall["high"] is None else min(high, fall["high"])
+        if start < end and (len(curves) == 1 or fall["head"] is not None):
+            label, first = (r"$\sigma$ falls" if first else None), False
+            axes.axvspan(start, end, facecolor="none", edgecolor=COLORS[3], hatch="///", linewidth=0, label=label)
+    axes.set_title(name, fontsize="small")
+    axes.tick_params(labelsize="small")
+
+
+def _shown(edges: torch.Tensor, counts: torch.Tensor) -> tuple[float, float]:
+    """The stretch that all but a thousandth of the scores lie in, at each end."""
+    if not len(counts):
+        return -5.0, 5.0
+    below = counts.cumsum(0) / counts.sum()
+    inside = ((below > 1e-3) & (below - counts / counts.sum() < 1 - 1e-3)).nonzero().flatten()
+    return float(edges[inside[0]]), float(edges[inside[-1] + 1])
+
+
 def _sigma(values: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
     """``[heads, points]``, one head where the parameters are the layer's."""
     ranges, ts = (torch.tensor(values[key]) for key in ("ranges", "ts"))
@@ -109,11 +183,3 @@ def _sigma(values: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
     if values.get("scale") is not None:
         affine = tuple(torch.tensor(values[key]).reshape(heads) for key in ("scale", "shift"))
     return modulate(x.expand(heads, 1, -1), ranges.reshape(heads, -1), ts.reshape(heads, -1), affine).squeeze(1)
-
-
-def _new_figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'hf-multimax[plots]'") from error
-    return Figure(figsize=(width, height), layout="constrained")

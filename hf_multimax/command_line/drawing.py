@@ -1,0 +1,94 @@
+"""``plot``: what a model learned and does, in figures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from hf_multimax import plots
+from hf_multimax.command_line import screen
+from hf_multimax.command_line.data import image_batch, text_batch
+from hf_multimax.command_line.loading import Loaded, new_folder
+from hf_multimax.command_line.looking import (
+    Batches,
+    BatchSize,
+    Data,
+    Device,
+    Length,
+    Path_,
+    Revision,
+    load_telling,
+    measured_on,
+    plain,
+)
+from hf_multimax.diagnostics import attention_maps
+
+__all__ = ["plot"]
+
+
+def plot(
+    path: Path_,
+    out: Annotated[Path, typer.Option(help="The folder for the figures.")],
+    data: Data = None,
+    text: Annotated[str | None, typer.Option(help="A sentence whose attention maps are drawn.")] = None,
+    image: Annotated[Path | None, typer.Option(help="An image whose attention map is drawn.")] = None,
+    beside: Annotated[str | None, typer.Option(help="Another model, whose maps are drawn beside.")] = None,
+    layer: Annotated[str | None, typer.Option(help="The layer of the maps; default: the last.")] = None,
+    format: Annotated[str, typer.Option(help="png or svg, or anything that matplotlib writes.")] = "png",
+    batch_size: BatchSize = 4,
+    batches: Batches = 8,
+    length: Length = 256,
+    device: Device = "cpu",
+    revision: Revision = None,
+) -> None:
+    """Draw the modulators over the scores, the measures of all layers, and attention maps."""
+    new_folder(out)
+    loaded = load_telling(path, revision, device)
+    other = None if beside is None else load_telling(beside, None, device)
+    (layers,) = measured_on([loaded], data, batch_size, batches, length)
+    values_of = plain(layers)
+    if any(values.get("ranges") for values in values_of.values()):
+        _tell(plots.plot_modulators_on_scores(values_of), out / f"modulators.{format}")
+    _tell(plots.plot_measures({path: values_of}), out / f"measures.{format}")
+    models = {path: loaded, **({} if other is None else {beside: other})}
+    if text is not None:
+        _tell(_text_maps(models, text, layer), out / f"maps.{format}")
+    if image is not None:
+        _tell(_image_maps(models, image, layer), out / f"image.{format}")
+
+
+def _text_maps(models: Mapping[str, Loaded], text: str, layer: str | None) -> Any:
+    maps, labels = {}, []
+    for name, loaded in models.items():
+        batch = text_batch(loaded, text)
+        maps[name] = _map(loaded, batch, layer)
+        labels = [loaded.tokenizer.decode([token]) for token in batch["input_ids"][0].tolist()]
+    return plots.plot_text_maps(maps, labels)
+
+
+def _image_maps(models: Mapping[str, Loaded], path: Path, layer: str | None) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    maps, pixels = {}, None
+    for name, loaded in models.items():
+        batch = image_batch(loaded, path)
+        maps[name], pixels = _map(loaded, batch, layer), batch["pixel_values"][0]
+    return plots.plot_image_maps(maps, pixels)
+
+
+def _map(loaded: Loaded, batch: Mapping[str, torch.Tensor], layer: str | None) -> torch.Tensor:
+    """``[heads, queries, keys]`` of the chosen layer, else of the last self-attention layer."""
+    maps = {name: weights[0] for name, weights in attention_maps(loaded.model, batch).items() if weights.ndim == 4}
+    if layer is not None and layer not in maps:
+        raise ValueError(f"{loaded.path} has no layer {layer!r}: there are {', '.join(maps)}")
+    square = [name for name, weights in maps.items() if weights.shape[-1] == weights.shape[-2]]
+    if not square:
+        raise ValueError(f"{loaded.path} has no layer of self-attention whose map could be drawn")
+    return maps[layer or square[-1]]
+
+
+def _tell(figure: Any, path: Path) -> None:
+    plots.save(figure, path)
+    screen.say(str(path))

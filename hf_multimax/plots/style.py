@@ -1,0 +1,37 @@
+"""What all figures share: how one is made and saved, and colours that colour-blind readers tell apart."""
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["COLORS", "DASHES", "MARKERS", "new_figure", "ordered_colors", "save"]
+
+#: Of Okabe and Ito (2008), the darkest first; black is for references.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)), (0, (8, 2, 1, 2, 1, 2)), ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A figure of so many inches; raises ImportError, naming the extra, without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'hf-multimax[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def ordered_colors(count: int) -> Any:
+    """``(colours, mappable)`` from the first to the last of so many layers; the mappable is for a colour bar."""
+    from matplotlib import cm, colormaps, colors
+
+    mappable = cm.ScalarMappable(colors.Normalize(0, max(1.1 * (count - 1), 1)), colormaps["viridis"])
+    return mappable.to_rgba(range(count)), mappable
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Write a figure; the ending says how (``.png``, ``.svg``, ``.pdf``).
+
+    Raises:
+        ValueError: for an ending that matplotlib does not write. OSError: if the file cannot be written.
+    """
+    figure.savefig(path, dpi=120)
