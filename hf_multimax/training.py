@@ -29,10 +29,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_multimax.diagnostics import attention_statistics
+from hf_multimax.diagnostics import LayerMeasures, measure_model
 from hf_multimax.models.loader_file import write_loader
 from hf_multimax.normalizers.base import OUTPUT, MultiMax, is_patched, multimax_parameters, named_normalizers, whole
 from hf_multimax.publishing.card import layer_modulators, model_card
+from hf_multimax.reporting import draw_training, show_in_trackers
 
 __all__ = [
     "MultiMaxArgumentsMixin",
@@ -81,6 +82,10 @@ class MultiMaxArgumentsMixin:
     )
     multimax_logging: bool = field(
         default=True, metadata={"help": "log ranges, ts, sparsity, multi-modality and entropy at every evaluation"}
+    )
+    multimax_figures: bool = field(
+        default=True,
+        metadata={"help": "with multimax_logging, draw figures into multimax_figures/ of the output folder at the end"},
     )
 
     def __post_init__(self) -> None:
@@ -131,7 +136,7 @@ class MultiMaxTrainerMixin:
         self._check_clip()
         if self.args.multimax_logging and multimax_parameters(self.model):
             # In front of the trackers, which close when training ends.
-            self.callback_handler.callbacks.insert(0, MultiMaxCallback(self))
+            self.callback_handler.callbacks.insert(0, MultiMaxCallback(self, figures=self.args.multimax_figures))
         if self.args.push_to_hub and self.is_world_process_zero() and is_patched(self.model):
             write_loader(self.args.output_dir)  # pushes in the midst of training take what lies there
 
@@ -217,18 +222,21 @@ class MultiMaxCallback(TrainerCallback):
     """Logs, at every evaluation and at the end, the scalars and the measures of each attention layer.
 
     The names are ``multimax/<layer>/ts_b1``, ``ranges_d2``, ..., ``sparsity``, ``multi_modality``, ``entropy``; the
-    measures are those of :func:`hf_multimax.diagnostics.attention_statistics` on the first evaluation batches. They go
+    measures are those of :func:`hf_multimax.diagnostics.measure_model` on the first evaluation batches. They go
     to every tracker that the Trainer reports to and into ``state.log_history``, but not to the console. For a stock
     Trainer: ``trainer.add_callback(MultiMaxCallback(trainer))``.
 
     Args:
         trainer: the Trainer.
         batches: how many evaluation batches are measured; 0 for none.
+        figures: whether to draw the scalars' curves and, of the trained model, modulators over scores and measures, at
+            the end, into ``multimax_figures/`` of the output folder. Trackers that take images get them, too.
     """
 
-    def __init__(self, trainer: Trainer, batches: int = 1) -> None:
-        self.trainer, self.batches = trainer, batches
+    def __init__(self, trainer: Trainer, batches: int = 1, figures: bool = True) -> None:
+        self.trainer, self.batches, self.figures = trainer, batches, figures
         self._logged_at: int | None = None
+        self._layers: dict[str, LayerMeasures] = {}
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._log(args, state, control, kwargs["model"])
@@ -237,6 +245,10 @@ class MultiMaxCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._log(args, state, control, kwargs["model"])
+        if self.figures and state.is_world_process_zero:
+            layers = {name: layer.to_dict() for name, layer in self._layers.items()}
+            files = draw_training(Path(args.output_dir) / "multimax_figures", state.log_history, layers)
+            show_in_trackers(self.trainer.callback_handler.callbacks, files, state.global_step)
 
     def _log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         if self._logged_at == state.global_step:
@@ -255,14 +267,14 @@ class MultiMaxCallback(TrainerCallback):
         # A data loader draws a seed: training must see the random numbers that it sees without this log.
         with self.trainer.compute_loss_context_manager(), torch.random.fork_rng(devices=[]):
             try:
-                statistics = attention_statistics(model, itertools.islice(loader, self.batches))
+                self._layers = measure_model(model, itertools.islice(loader, self.batches))
             except ValueError as error:  # a log must not end a training
                 logger.warning(f"no measures of attention: {error}")
-                statistics = {}
-        for layer, measures in statistics.items():
+                self._layers = {}
+        for layer, found in self._layers.items():
             for name in ("sparsity", "multi_modality", "entropy"):
-                if not math.isnan(measures[name].value):
-                    yield f"{layer}/{name}", measures[name].value
+                if not math.isnan(found.measures[name].value):
+                    yield f"{layer}/{name}", found.measures[name].value
 
 
 def parameter_groups(

@@ -170,6 +170,11 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
+#: Of Okabe and Ito (2008), which colour-blind readers tell apart.
+_COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
 def table(rows: Sequence[dict[str, Any]], measure: str) -> str:
     """A Markdown table of one measure, mean and standard deviation over the seeds: functions down, lengths across."""
     figures = _over_seeds(rows, measure)
@@ -178,21 +183,31 @@ def table(rows: Sequence[dict[str, Any]], measure: str) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path, largest: int) -> None:
-    """Accuracy and the weight of the maximum against the number of items; needs matplotlib."""
+    """Accuracy and the weight of the maximum against the number of items; needs matplotlib.
+
+    Each row of panels has SoftMax and at most six other functions.
+    """
     from matplotlib.figure import Figure as Drawing
 
-    drawing = Drawing(figsize=(11, 4.5), layout="constrained")
-    axes = drawing.subplots(1, 2)
-    for axis, measure in zip(axes, ("accuracy", "weight_of_maximum")):
-        for i, (label, of) in enumerate(_over_seeds(rows, measure).items()):
-            style = {"linestyle": ("-", "--")[i // 10 % 2], "color": f"C{i % 10}"}
-            axis.plot(list(of), [figure.mean for figure in of.values()], label=label, **style)
-        axis.axvline(largest, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", xlabel="items in the set", ylabel=measure.replace("_", " "), ylim=(-0.02, 1.02))
-        axis.set_xscale("log", base=2)
-    axes[0].annotate("training sizes end", (largest, 0.0), fontsize=8, color="grey")
-    drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    drawing.savefig(path, dpi=150)
+    measures = {measure: _over_seeds(rows, measure) for measure in ("accuracy", "weight_of_maximum")}
+    labels = list(measures["accuracy"])
+    first, others = labels[0], labels[1:]
+    count = max(1, -(-len(others) // 6))
+    groups = [[first, *others[index::count]] for index in range(count)]
+    drawing = Drawing(figsize=(10, 0.5 + 3.0 * count), layout="constrained")
+    panels = drawing.subplots(count, 2, squeeze=False)
+    for axes, group in zip(panels, groups):
+        for axis, (measure, figures) in zip(axes, measures.items()):
+            for i, label in enumerate(group):
+                of = figures[label]
+                style = {"linewidth": 4.0 - 0.45 * i, "color": _COLORS[i], "marker": _MARKERS[i], "ms": 6.5 - 0.5 * i}
+                axis.plot(list(of), [figure.mean for figure in of.values()], label=label, **style)
+            axis.axvline(largest, color="grey", linewidth=0.8, linestyle=":")
+            axis.set(xlabel="items in the set", ylabel=measure.replace("_", " "), ylim=(-0.02, 1.02))
+            axis.set_xscale("log", base=2)
+        axes[0].annotate("training sizes end", (largest, 0.0), fontsize=8, color="grey")
+        axes[1].legend(fontsize=8, frameon=False)
+    drawing.savefig(path, dpi=110)
 
 
 def _over_seeds(rows: Sequence[dict[str, Any]], measure: str) -> dict[str, dict[int, Figure]]:

@@ -50,6 +50,7 @@ ORDER = (
     "convert",
     "normalizers.annealing",
     "diagnostics",
+    "reporting",
     "training",
     "__init__",
     "command_line",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,8 @@ def rows(model, count=4):
 
 def trainer(model, folder, cls=MultiMaxTrainer, arguments=MultiMaxTrainingArguments, **options):
     values = {**QUIET, "max_steps": 2, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, **options}
+    if arguments is not TrainingArguments:
+        values.setdefault("multimax_figures", False)  # they take longer than the training
     data = rows(model.get_base_model() if isinstance(model, PeftModel) else model)
     return cls(model=model, args=arguments(str(folder), **values), train_dataset=data, eval_dataset=data)
 
@@ -365,3 +368,44 @@ def test_seq2seq(tmp_path):
     keys = {key for entry in run.state.log_history for key in entry}
     assert "multimax/model.decoder.layers.1.encoder_attn/entropy" in keys
     assert "multimax/multimax_output/ts_b1" in keys
+
+
+def test_figures_are_drawn_at_the_end_and_shown_in_trackers(tmp_path):
+    pytest.importorskip("matplotlib")
+
+    class TensorBoard(TrainerCallback):
+        tb_writer = SimpleNamespace(images={})
+
+        def __init__(self):
+            self.tb_writer.add_image = lambda name, pixels, step, dataformats: self.tb_writer.images.update(
+                {name: (pixels.shape, str(pixels.dtype), step, dataformats)}
+            )
+
+    class WeightsAndBiases(TrainerCallback):
+        _initialized, logged = True, []
+        _wandb = SimpleNamespace(Image=Path, log=logged.append)
+
+    run = trainer(patched(), tmp_path, eval_strategy="steps", eval_steps=1, multimax_figures=True)
+    for callback in (TensorBoard(), WeightsAndBiases()):
+        run.add_callback(callback)
+    run.train()
+    folder = tmp_path / "multimax_figures"
+    names = {"curves", "modulators", "measures"}
+    assert {path.name for path in folder.iterdir()} == {f"{name}.png" for name in names}
+    shown = TensorBoard.tb_writer.images
+    assert set(shown) == {f"multimax/{name}" for name in names}
+    for shape, *rest in shown.values():
+        assert shape[2] == 3 and min(shape[:2]) > 100 and rest == ["uint8", 2, "HWC"]
+    (logged,) = WeightsAndBiases.logged
+    assert logged == {"train/global_step": 2} | {f"multimax/{name}": folder / f"{name}.png" for name in names}
+
+
+def test_figures_can_be_left_out_and_never_end_a_training(tmp_path):
+    run = trainer(patched(), tmp_path / "without")
+    run.train()
+    assert not (tmp_path / "without" / "multimax_figures").exists()
+    run = trainer(patched(), tmp_path / "in_the_way", multimax_figures=True)
+    (tmp_path / "in_the_way").mkdir(exist_ok=True)
+    (tmp_path / "in_the_way" / "multimax_figures").write_text("a file")
+    run.train()
+    assert run.state.global_step == 2

@@ -1,7 +1,6 @@
 """``demo``: the whole way on a toy, in under a minute: train, patch, train on with and without MultiMax, look."""
 
 import copy
-import importlib.resources
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import hf_multimax
 from hf_multimax.command_line import screen
@@ -22,8 +21,10 @@ _LENGTH, _BATCH = 64, 16
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Training steps before patching, and again after.")] = 40,
-    data: Annotated[Path | None, typer.Option(help="A text to train on; default: a short English one.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps before patching, and again after.")] = 150,
+    data: Annotated[
+        Path | None, typer.Option(help="A text to train on; default: what Python's help() says of its topics.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for the trained model.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")] = False,
@@ -34,9 +35,10 @@ def demo(
     """
     if out is not None:
         new_folder(out)
-    held_out, training = _tokens(data)
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    held_out, training = _tokens(data, tokenizer)
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=_LENGTH, bos_token_id=0,
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=_LENGTH, bos_token_id=0,
                         eos_token_id=0, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # fmt: skip
     softmax = GPT2LMHeadModel(config)
     _train(softmax, training, range(steps), seed, "training")
@@ -61,6 +63,7 @@ def demo(
     }
     if out is not None:
         multimax.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     if as_json:
         screen.show_json({"loss": rows, "layers": layers, "saved": None if out is None else str(out)})
         return
@@ -80,26 +83,33 @@ def demo(
     columns = [f"{key} {arm}" for key in ("sparsity", "multi-modality") for arm in layers]
     screen.show_table("What attention does", ("layer", *columns), table)
     if out is not None:
-        screen.say(f"{out}: look at it with `hf-multimax inspect {out} --data <file>.jsonl`")
+        screen.say(f"{out}: look at it with `hf-multimax inspect {out}`")
 
 
-def _tokens(data: Path | None) -> tuple[Tensor, Tensor]:
-    """Bytes of a text as pieces ``[pieces, length]``: every tenth, and the others."""
+def _tokens(data: Path | None, tokenizer: ByT5Tokenizer) -> tuple[Tensor, Tensor]:
+    """Bytes of a text as pieces ``[pieces, length]``: 64 that are held out, and the others."""
     if data is None:
-        text = importlib.resources.files("hf_multimax.command_line").joinpath("sample.txt").read_bytes()
+        from pydoc_data.topics import topics  # English prose that every Python has
+
+        text = "\n".join(topics.values())
     else:
-        text = data.read_bytes()
-    if len(text) < 20 * _LENGTH:
-        raise ValueError(f"{data} is too short: give {20 * _LENGTH} bytes at least")
-    pieces = torch.tensor(list(text)).unfold(0, _LENGTH, _LENGTH)
-    chosen = torch.arange(len(pieces)) % 10 == 9
+        text = data.read_text(encoding="utf-8")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    pieces = torch.tensor(ids[: len(ids) // _LENGTH * _LENGTH]).view(-1, _LENGTH)
+    if len(pieces) < 100:
+        raise ValueError(f"{data} is too short: give {100 * _LENGTH} bytes at least")
+    chosen = torch.zeros(len(pieces), dtype=torch.bool)
+    chosen[:: max(1, len(pieces) // 64)] = True
     return pieces[chosen], pieces[~chosen]
 
 
 def _train(model: PreTrainedModel, pieces: Tensor, steps: Iterable[int], seed: int, what: str) -> None:
     """AdamW; step by step the same batches for every model."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more only wait for each other in so small a model
     model.train()
-    optimizer = torch.optim.AdamW(hf_multimax.parameter_groups(model, weight_decay=0.01), lr=1e-3)
+    groups = hf_multimax.parameter_groups(model, weight_decay=0.01, multimax_learning_rate=2e-2)
+    optimizer = torch.optim.AdamW(groups, lr=2e-3)
     steps = list(steps)
     for step in screen.progress(what, steps, len(steps)):
         generator = torch.Generator().manual_seed(1000 * seed + step)
@@ -108,6 +118,7 @@ def _train(model: PreTrainedModel, pieces: Tensor, steps: Iterable[int], seed: i
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    torch.set_num_threads(threads)
     model.eval()
 
 

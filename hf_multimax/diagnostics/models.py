@@ -17,7 +17,7 @@ from hf_multimax.diagnostics.rows import MEASURES, Measure, Options, Rows
 from hf_multimax.diagnostics.streams import RunningMeans, ScoreHistogram
 from hf_multimax.functional import masked_softmax
 from hf_multimax.models.patching import OUTPUT, patch_model, unpatch_model
-from hf_multimax.normalizers.base import MultiMax, Normalizer, named_normalizers, whole
+from hf_multimax.normalizers.base import MultiMax, Normalizer, named_normalizers, on_its_device, whole
 from hf_multimax.normalizers.registry import FunctionNormalizer
 
 __all__ = [
@@ -280,7 +280,10 @@ class _Recorder:
         if isinstance(self.normalizer, MultiMax):
             names = ("ranges", "ts", "scale", "shift")
             values = {name: getattr(self.normalizer, name) for name in names}
-            modulator = {name: whole(value.detach()).tolist() for name, value in values.items() if value is not None}
+            with on_its_device(self.normalizer):
+                modulator = {
+                    name: whole(value.detach()).tolist() for name, value in values.items() if value is not None
+                }
         return LayerMeasures(
             normalizer="softmax" if self.normalizer is None else normalizer_name(self.normalizer),
             measures={name: mean.total() for name, mean in self._means.items()},

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_multimax.functional import modulate
-from hf_multimax.normalizers.base import MultiMax, Normalizer
+from hf_multimax.normalizers.base import MultiMax, Normalizer, on_its_device, whole
 
 __all__ = ["Fall", "falls", "modulator_curve", "same_weight"]
 
@@ -98,11 +98,11 @@ def same_weight(normalizer: MultiMax, score: float, head: int | None = None) -> 
 
 def _of_head(normalizer: MultiMax, head: int) -> tuple[list[float], list[float], float, float]:
     """ranges, ts, scale and shift of one head."""
-    ranges, ts = (x.double().reshape(-1, x.shape[-1])[head].tolist() for x in (normalizer.ranges, normalizer.ts))
-    if normalizer.affine is None:
-        return ranges, ts, 1.0, 0.0
-    scale, shift = (float(x.double().reshape(-1)[head]) for x in normalizer.affine)
-    return ranges, ts, scale, shift
+    with on_its_device(normalizer):
+        ranges, ts = (whole(x).double() for x in (normalizer.ranges, normalizer.ts))
+        affine = [whole(x).double().reshape(-1)[head].item() for x in normalizer.affine or ()]
+    ranges, ts = (x.reshape(-1, x.shape[-1])[head].tolist() for x in (ranges, ts))
+    return ranges, ts, *(affine or (1.0, 0.0))
 
 
 def _falling(ranges: list[float], ts: list[float]) -> list[tuple[float, float]]:

@@ -6,11 +6,16 @@ from typing import Any
 
 from recipes.shared.record import over_seeds
 
-_COLORS = ("0.35", "C3", "C1", "C0", "C2", "C4", "C5", "C6", "C8", "C9")
+#: Of Okabe and Ito (2008), which colour-blind readers tell apart.
+_COLORS = ("#000000", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def draw_curves(comparison: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Draw the losses of a comparison over the steps: the mean of each arm, and one standard deviation around it.
+    """Draw the losses of a comparison over the steps, and what each arm's differ from the first's.
+
+    A line is the mean over seeds, the band one standard deviation around it.
 
     Args:
         comparison: what comparison.json holds. The evaluation losses are drawn, or where an arm has fewer than two of
@@ -28,19 +33,32 @@ def draw_curves(comparison: Mapping[str, Any], path: Path, metadata: Mapping[str
     runs = {arm: entry["runs"] for arm, entry in comparison["arms"].items() if entry["runs"]}
     evaluated = all(len(_curve(of_arm, "eval_loss")) > 1 for of_arm in runs.values())
     key = "eval_loss" if evaluated else "loss"
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for color, (arm, of_arm) in zip(_COLORS * len(runs), runs.items()):
-        points = _curve(of_arm, key)
-        figures = [over_seeds(values) for values in points.values()]
-        axes.plot(list(points), [f.mean for f in figures], color=color, linewidth=1.2, label=arm)
-        low, high = ([f.mean + sign * (f.std or 0.0) for f in figures] for sign in (-1, 1))
-        axes.fill_between(list(points), low, high, color=color, alpha=0.15, linewidth=0)
+    means = {arm: {step: over_seeds(v) for step, v in _curve(of_arm, key).items()} for arm, of_arm in runs.items()}
+    first, reference = next(iter(means.items()))
+    figure = Figure(figsize=(10.0, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, (arm, points) in enumerate(means.items()):
+        color, dashes = _COLORS[index % len(_COLORS)], _DASHES[index % len(_DASHES)]
+        style = {"color": color, "marker": _MARKERS[index % len(_MARKERS)]}
+        # an arm that lies on an earlier one is thinner, so that both are seen
+        width = 1.2 + 3.3 * (1 - index / max(1, len(means) - 1))
+        values = [f.mean for f in points.values()]
+        left.plot(list(points), values, linewidth=width, ms=width + 3, label=arm, **style)
+        low, high = ([f.mean + sign * (f.std or 0.0) for f in points.values()] for sign in (-1, 1))
+        left.fill_between(list(points), low, high, color=color, alpha=0.1, linewidth=0)
+        steps = [step for step in points if step in reference]
+        apart = [points[step].mean - reference[step].mean for step in steps]
+        right.plot(steps, apart, linewidth=1.6, linestyle=dashes, ms=5, **style)
     seeds = sorted({run["seed"] for of_arm in runs.values() for run in of_arm})
     title = f"{comparison['data']['name']}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
-    axes.set(xlabel="step", ylabel="evaluation loss" if evaluated else "training loss")
-    axes.set_title(title, fontsize="medium")
-    axes.legend(frameon=False, fontsize="small")
+    what = "evaluation loss" if evaluated else "training loss"
+    left.set(xlabel="step", ylabel=f"{what} [nats]")
+    left.set_title(title, fontsize="medium")
+    right.set(xlabel="step", ylabel=f"{what}, arm minus {first} [nats]")
+    right.set_title(f"difference from {first}", fontsize="medium")
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize="small"
+    )
     figure.savefig(path, dpi=80, metadata=metadata)
 
 
