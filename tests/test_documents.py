@@ -200,3 +200,35 @@ def test_every_public_name_is_on_the_api_page():
     text = (DOCS / "api.md").read_text()
     shown = {name.rsplit(".", 1)[-1] for name in re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)}
     assert set(hf_multimax.__all__) - {"__version__"} <= shown
+
+
+def shape(text: str) -> list[list[str]]:
+    """The words of an output, line by line, without its numbers."""
+    lines = [re.sub(r"-?\d+(\.\d+)?%?", "", line).split() for line in text.splitlines()]
+    return [words for words in lines if words and set("".join(words)) != {"─"}]
+
+
+def test_the_commands_of_a_page_print_what_it_shows(tmp_path, monkeypatch):
+    """In a row, as a reader would; the demo takes fewer steps, and numbers may differ."""
+    import shlex
+
+    from typer.testing import CliRunner
+
+    from hf_multimax.command_line.app import app
+
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```console\n(.*?)```", (DOCS / "look.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 8
+    for block in blocks:
+        line, _, expected = block.partition("\n")
+        program, *arguments = shlex.split(line.removeprefix("$ "))
+        assert program == "hf-multimax"
+        if arguments[0] == "demo":
+            arguments += ["--steps", "2"]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == ("error: " in expected or "is refused" in expected), done.output
+        if arguments[0] == "backends":  # what works depends on the machine
+            assert [line[:1] for line in shape(done.output)] == [line[:1] for line in shape(expected)]
+        else:
+            shown = [words for words in shape(done.output) if "sigma" not in words[1:2]]  # falls, as they may come
+            assert shown == shape(expected), line

@@ -89,4 +89,4 @@ _add(
 _add(machine.supported, "supported", _MODELS, "supported", "supported gpt2", "supported bert llama --json")
 _add(machine.backends, "backends", _HERE, "backends", "backends --json")
 _add(machine.env, "env", _HERE, "env", "env --json")
-_add(demo.demo, "demo", _HERE, "demo", "demo --steps 200 --out demo/")
+_add(demo.demo, "demo", _HERE, "demo", "demo --steps 300 --out demo")

@@ -25,7 +25,7 @@ def demo(
     data: Annotated[
         Path | None, typer.Option(help="A text to train on; default: what Python's help() says of its topics.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="A folder for the trained model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for the trained models.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")] = False,
 ) -> None:
@@ -62,8 +62,9 @@ def demo(
         for arm, found in measured.items()
     }
     if out is not None:
-        multimax.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        for name, model in (("softmax", softmax), ("multimax", multimax)):
+            model.save_pretrained(out / name)
+            tokenizer.save_pretrained(out / name)
     if as_json:
         screen.show_json({"loss": rows, "layers": layers, "saved": None if out is None else str(out)})
         return
@@ -83,7 +84,7 @@ def demo(
     columns = [f"{key} {arm}" for key in ("sparsity", "multi-modality") for arm in layers]
     screen.show_table("What attention does", ("layer", *columns), table)
     if out is not None:
-        screen.say(f"{out}: look at it with `hf-multimax inspect {out}`")
+        screen.say(f"Look at the models with `hf-multimax inspect {out / 'multimax'}`, or compare both.")
 
 
 def _tokens(data: Path | None, tokenizer: ByT5Tokenizer) -> tuple[Tensor, Tensor]:
