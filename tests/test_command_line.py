@@ -244,7 +244,9 @@ def test_demo_trains_and_patches(tmp_path):
     assert found["loss"]["patched"] == pytest.approx(found["loss"]["trained"], rel=1e-5)
     assert found["loss"]["MultiMax"] < found["loss"]["trained"]
     assert is_patched(AutoModelForCausalLM.from_pretrained(tmp_path / "demo" / "multimax"))
-    compared = json.loads(run("compare", tmp_path / "demo" / "softmax", tmp_path / "demo" / "multimax", "--json").stdout)
+    compared = json.loads(
+        run("compare", tmp_path / "demo" / "softmax", tmp_path / "demo" / "multimax", "--json").stdout
+    )
     assert list(compared["a"]["layers"]) == ["transformer.h.0.attn", "transformer.h.1.attn", "output"]
     assert "patched" in run("demo", "--steps", 1).stdout
     (tmp_path / "short.txt").write_text("too short")
