@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from hf_multimax.attention.call import make_call
 from hf_multimax.attention.choose import NAMES
 from hf_multimax.attention.native import backend as native
 from hf_multimax.attention.triton import backend as triton_attention
@@ -97,7 +98,7 @@ def _backends() -> dict[str, dict[str, Any]]:
     scalars = torch.zeros(2, device=device)
     why = {
         "native": "" if native.available() else native.reason(),
-        "triton": triton_attention.unsupported(q, q, q, scalars, scalars) or "",
+        "triton": triton_attention.unsupported(make_call(q, q, q, scalars, scalars)) or "",
     }
     if why["triton"] and device.type == "cpu":
         why["triton"] = "no CUDA device, and Triton's interpreter (TRITON_INTERPRET=1) is off"
