@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import find_adapter_config_file
 
 import hf_multimax
@@ -62,7 +63,7 @@ def load(path: str, revision: str | None = None, device: str = "cpu") -> Loaded:
     loaded = Loaded(path, model)
     sources = [path, loaded.inside.config._name_or_path]
     loaded.tokenizer = _first(AutoTokenizer, sources, revision)
-    loaded.image_processor = _first(AutoImageProcessor, sources, revision) if loaded.takes_images else None
+    loaded.image_processor = _first(_ImageProcessor, sources, revision) if loaded.takes_images else None
     return loaded
 
 
@@ -111,10 +112,23 @@ def _load_model(path: str, revision: str | None) -> PreTrainedModel:
     return getattr(transformers, name, AutoModel).from_pretrained(path, revision=revision)
 
 
+class _ImageProcessor:
+    """AutoImageProcessor, where it asks for Torchvision the class that does without."""
+
+    @staticmethod
+    def from_pretrained(path: str, revision: str | None = None) -> Any:
+        try:
+            return AutoImageProcessor.from_pretrained(path, revision=revision)
+        except ImportError:
+            values, _ = BaseImageProcessor.get_image_processor_dict(path, revision=revision)
+            name = values.get("image_processor_type", "").removesuffix("Fast")
+            return getattr(transformers, f"{name}Pil").from_pretrained(path, revision=revision)
+
+
 def _first(auto_class: Any, sources: list[str], revision: str | None) -> Any:
     """What prepares inputs, from the first source that has it."""
     for index, source in enumerate(dict.fromkeys(sources)):
         if source:
-            with contextlib.suppress(OSError, ValueError, KeyError, ImportError):
+            with contextlib.suppress(OSError, ValueError, KeyError, ImportError, AttributeError):
                 return auto_class.from_pretrained(source, revision=revision if index == 0 else None)
     return None

@@ -246,7 +246,7 @@ class _Recorder:
         if not self._whole:
             return
         keep = rows.keep & counted[..., None]
-        if not bool(rows.x[keep].isfinite().all()):
+        if not bool((rows.x.isfinite() | ~keep).all()):
             raise ValueError(f"{self.name} has scores that are NaN or infinite: the model or a batch of it is broken")
         self.scores.add(rows.x, keep)
         for index, fall in enumerate(self._falls):

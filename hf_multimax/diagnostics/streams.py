@@ -69,13 +69,14 @@ class ScoreHistogram:
     def add(self, scores: Tensor, keep: Tensor) -> None:
         """Args: scores: ``[..., heads, rows, keys]``, finite where kept; keep: boolean, broadcastable."""
         keep = keep.expand(scores.shape)
-        heads = torch.arange(scores.shape[-3], device=scores.device).view(-1, 1, 1).expand(scores.shape)[keep]
-        values = scores[keep].double()
-        if not len(values):
+        values = scores.double().masked_fill(~keep, 0.0)
+        if not values.numel():
             return
         self._make_room(float(values.abs().max()))
-        bins = ((values + self.reach) / self.width).floor().long().clamp_(0, self.BINS - 1)
-        counts = torch.bincount(heads * self.BINS + bins, minlength=self.counts.numel())
+        bins = ((values + self.reach) / self.width).floor_().long().clamp_(0, self.BINS - 1)
+        bins += self.BINS * torch.arange(scores.shape[-3], device=scores.device).view(-1, 1, 1)
+        nowhere = self.counts.numel()  # a bin for what is not kept: to pick entries takes longer than all the rest
+        counts = torch.bincount(bins.masked_fill_(~keep, nowhere).flatten(), minlength=nowhere + 1)[:-1]
         self.counts += counts.view(self.counts.shape).cpu()
 
     def quantiles(self, at: Sequence[float], head: int | None = None) -> list[float]:
