@@ -95,6 +95,7 @@ CASES = {
     "MarianMTModel": {},
     "T5ForConditionalGeneration": {"output": True},
     "GptOssForCausalLM": {},  # attention sinks
+    "MistralForCausalLM": {},  # sliding windows, grouped heads
     "BloomForCausalLM": {},  # outside the attention interface
 }
 
