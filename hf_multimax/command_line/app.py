@@ -1,5 +1,6 @@
 """The commands of ``hf-multimax`` and what all of them share."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -38,7 +39,7 @@ def _all_commands(
     screen.raise_errors(traceback)
 
 
-def _add(function, name: str, panel: str, *examples: str) -> None:
+def _add(function: Callable[..., None], name: str, panel: str, *examples: str) -> None:
     """A command, whose help ends with examples."""
     told = screen.tells_errors(function)
     lines = "\n\n".join(f"hf-multimax {example}" for example in examples)

@@ -17,7 +17,7 @@ from hf_multimax.command_line.looking import (
     Data,
     Device,
     Length,
-    Path_,
+    ModelPath,
     Revision,
     load_telling,
     measured_on,
@@ -29,7 +29,7 @@ __all__ = ["plot"]
 
 
 def plot(
-    path: Path_,
+    path: ModelPath,
     out: Annotated[Path, typer.Option(help="The folder for the figures.")],
     data: Data = None,
     text: Annotated[str | None, typer.Option(help="A sentence whose attention maps are drawn.")] = None,

@@ -19,7 +19,7 @@ from hf_multimax.publishing.card import layer_modulators
 
 __all__ = ["compare", "inspect", "load_telling", "measure", "measured_on", "plain"]
 
-Path_ = Annotated[str, typer.Argument(metavar="PATH", help="A model or an adapter: a folder, or an id on the Hub.")]
+ModelPath = Annotated[str, typer.Argument(metavar="PATH", help="A model or an adapter: a folder, or an id on the Hub.")]
 Data = Annotated[str | None, typer.Option(help=f"{KINDS[0].upper()}{KINDS[1:]}. Default: a short English text.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in a batch.")]
 Batches = Annotated[int, typer.Option(min=1, help="How many batches to take at most.")]
@@ -41,7 +41,7 @@ _QUANTILES = (0.05, 0.5, 0.95)
 
 
 def inspect(
-    path: Path_,
+    path: ModelPath,
     data: Data = None,
     batch_size: BatchSize = 4,
     batches: Batches = 4,
@@ -83,7 +83,7 @@ def inspect(
 
 
 def measure(
-    path: Path_,
+    path: ModelPath,
     data: Data = None,
     batch_size: BatchSize = 4,
     batches: Batches = 8,

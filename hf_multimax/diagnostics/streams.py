@@ -20,7 +20,12 @@ class RunningMeans:
         self._has_s = False
 
     def add(self, rows: PerRow, counted: Tensor) -> None:
-        """Args: rows: fields ``[..., heads, rows]``; counted: boolean, broadcastable, the rows that are no padding."""
+        """Add rows.
+
+        Args:
+            rows: fields ``[..., heads, rows]``.
+            counted: boolean, broadcastable to them: the rows that are no padding.
+        """
         defined = rows.defined & counted
         missing = ~rows.defined & counted
         s = torch.zeros_like(rows.value) if rows.s is None else rows.s
@@ -67,7 +72,12 @@ class ScoreHistogram:
         return 2 * self.reach / self.BINS
 
     def add(self, scores: Tensor, keep: Tensor) -> None:
-        """Args: scores: ``[..., heads, rows, keys]``, finite where kept; keep: boolean, broadcastable."""
+        """Count scores.
+
+        Args:
+            scores: ``[..., heads, rows, keys]``, finite where they are kept.
+            keep: boolean, broadcastable to them.
+        """
         keep = keep.expand(scores.shape)
         values = scores.double().masked_fill(~keep, 0.0)
         if not values.numel():
