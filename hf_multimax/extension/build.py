@@ -1,4 +1,4 @@
-"""Compiles ``native.cpp``: which compilers there are, what they are told, and whether what they wrote is a library."""
+"""Compiles ``native.cpp``, which includes the headers beside it: which compilers there are, what they are told, and whether what they wrote is a library."""
 
 import ctypes
 import hashlib
@@ -72,9 +72,10 @@ def compilers_key(commands: Sequence[Sequence[str]]) -> str:
 def build_key(runtime: Path, flags: Sequence[str] = (*COMPILE_FLAGS, NATIVE_FLAG)) -> str:
     """A name for everything that decides whether a compiled library fits here.
 
-    That is the source, the flags, the OpenMP runtime's name and the processor, but no compiler: a library outlives it.
+    That is the sources, the flags, the OpenMP runtime's name and the processor, but no compiler: a library outlives it.
     """
-    return _digest((SOURCE.read_text(encoding="utf-8"), *flags, *LINK_FLAGS, runtime.name, _processor()))
+    sources = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
+    return _digest((*(source.read_text(encoding="utf-8") for source in sources), *flags, *LINK_FLAGS, runtime.name, _processor()))
 
 
 def _digest(parts: Sequence[str]) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from hf_multimax.normalizers.options import flag, is_number, logit, one_plus_sigmoid
+from hf_multimax.normalizers.options import flag, is_number, logit, of_value, one_plus_sigmoid
 from hf_multimax.normalizers.registry import Learned, Option, register_normalizer, rowwise
+from hf_multimax.rows.choose import RowFunction
 
 __all__ = ["entmax_package"]
 
@@ -29,17 +30,17 @@ def entmax_package(normalizer: str) -> ModuleType:
     return entmax
 
 
-@rowwise
+@rowwise(compiled=lambda: RowFunction("sparsemax"))
 def _sparsemax(x: Tensor, keep: Tensor) -> Tensor:
     return entmax_package("sparsemax").sparsemax(x, dim=-1)
 
 
-@rowwise
+@rowwise(compiled=lambda: RowFunction("entmax15"))
 def _entmax15(x: Tensor, keep: Tensor) -> Tensor:
     return entmax_package("entmax15").entmax15(x, dim=-1)
 
 
-@rowwise
+@rowwise(compiled=lambda alpha=1.5: of_value("entmax", alpha))
 def _entmax(x: Tensor, keep: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
     alpha = torch.as_tensor(alpha, dtype=x.dtype, device=x.device)
     return _Entmax.apply(x, alpha.expand(*x.shape[:-1], 1))

@@ -9,8 +9,20 @@ import torch
 from torch import Tensor
 
 from hf_multimax.normalizers.registry import Option
+from hf_multimax.rows.choose import RowFunction
 
-__all__ = ["below_peak", "flag", "is_number", "logit", "non_negative", "one_plus_sigmoid", "positive", "same"]
+__all__ = [
+    "below_peak",
+    "flag",
+    "is_number",
+    "logit",
+    "non_negative",
+    "of_numbers",
+    "of_value",
+    "one_plus_sigmoid",
+    "positive",
+    "same",
+]
 
 
 def is_number(value: Any) -> bool:
@@ -48,3 +60,13 @@ def logit(name: str, value: float, least: float) -> float:
 def below_peak(x: Tensor) -> Tensor:
     """Scores less the row's largest, finite: what SoftMax does not see, and what no factor takes to plus infinity."""
     return (x - x.detach().amax(-1, keepdim=True)).clamp(min=torch.finfo(x.dtype).min)
+
+
+def of_numbers(kind: str, *options: Any) -> RowFunction | None:
+    """The compiled function with these options; None where one of them is a tensor."""
+    return RowFunction(kind, *options) if all(isinstance(option, int | float) for option in options) else None
+
+
+def of_value(kind: str, option: Any) -> RowFunction | None:
+    """The compiled function with an option that may be a tensor."""
+    return RowFunction(kind, value=option) if isinstance(option, Tensor) else of_numbers(kind, option)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.functional import compute_dtype
 from hf_multimax.normalizers.base import Normalizer
+from hf_multimax.rows.choose import RowFunction, compiled_rows
 
 __all__ = [
     "REQUIRED",
@@ -236,12 +237,17 @@ def build_normalizer(config: MultiMaxConfig, num_heads: int | None) -> Normalize
     return get_normalizer(config.normalizer).module(config, num_heads)
 
 
-def rowwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def rowwise(
+    function: Callable[..., Tensor] | None = None, *, compiled: Callable[..., RowFunction | None] | None = None
+) -> Callable[..., Any]:
     """Make a normalizer function of ``function(x, keep, **options)``, which sees nothing but rows worth normalizing.
 
     ``function`` works along the last dimension of ``x``, float32 or float64, minus infinity where the boolean ``keep``
     is False, with at least one entry kept in every row; what it returns for other entries is ignored. Options may be
     tensors that broadcast to ``x`` with size 1 in the last dimension. It may take ``training``.
+
+    ``@rowwise(compiled=...)`` has a compiled function run instead where it can: ``compiled(**options)``, with
+    ``training`` where the function takes it, returns that, or None for options that it does not know.
 
     Returns:
         ``(x, dim=-1, mask=None, training=False, **options)``, as :func:`register_normalizer` takes it: any dimension
@@ -254,6 +260,8 @@ def rowwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         >>> squared(torch.zeros(4), mask=torch.tensor([True, True, False, False])).tolist()
         [0.5, 0.5, 0.0, 0.0]
     """
+    if function is None:
+        return functools.partial(rowwise, compiled=compiled)
     takes_training = _takes_training(function)
 
     @functools.wraps(function)
@@ -268,6 +276,10 @@ def rowwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return torch.zeros_like(x)
         if takes_training:
             options["training"] = training
+        chosen = None if compiled is None else compiled(**options)
+        p = None if chosen is None else compiled_rows(chosen, x, dim, mask)
+        if p is not None:
+            return p
         scores = x.to(compute_dtype(x.dtype)).movedim(dim, -1)
         keep = ~(scores <= torch.finfo(scores.dtype).min / 2)  # true for NaN, which is not to vanish
         if mask is not None:

@@ -15,8 +15,18 @@ from torch.nn.functional import relu
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.functional import multimax
 from hf_multimax.normalizers.base import MultiMax, Normalizer
-from hf_multimax.normalizers.options import below_peak, flag, is_number, logit, positive, same
+from hf_multimax.normalizers.options import (
+    below_peak,
+    flag,
+    is_number,
+    logit,
+    of_numbers,
+    of_value,
+    positive,
+    same,
+)
 from hf_multimax.normalizers.registry import REQUIRED, Learned, Option, get_normalizer, register_normalizer, rowwise
+from hf_multimax.rows.choose import RowFunction
 
 __all__ = ["SoftMax"]
 
@@ -46,7 +56,7 @@ class SoftMax(Normalizer):
         return f"temperature={self.temperature}"
 
 
-@rowwise
+@rowwise(compiled=lambda temperature=1.0: of_numbers("softmax", temperature))
 def _softmax(x: Tensor, keep: Tensor, temperature: float = 1.0) -> Tensor:
     return (x if temperature == 1.0 else below_peak(x) / temperature).softmax(-1)
 
@@ -84,13 +94,13 @@ def _multimax_module(config: MultiMaxConfig, num_heads: int | None) -> MultiMax:
     return MultiMax(config.order, num_heads, config.init, config.init_std, config.affine)
 
 
-@rowwise
+@rowwise(compiled=lambda sparsity=0.5: of_value("rsoftmax", sparsity))
 def _rsoftmax(x: Tensor, keep: Tensor, sparsity: float | Tensor = 0.5) -> Tensor:
     z = x.detach() - x.detach().amax(-1, keepdim=True)
     return _weighted_softmax(x, _sparsity_threshold(z, keep, sparsity))
 
 
-@rowwise
+@rowwise(compiled=lambda t: of_value("tsoftmax", t))
 def _tsoftmax(x: Tensor, keep: Tensor, t: float | Tensor) -> Tensor:
     return _weighted_softmax(x, t)
 
@@ -127,7 +137,11 @@ def _sparsity_threshold(z: Tensor, keep: Tensor, sparsity: float | Tensor) -> Te
     return -(below + (position - index) * (above - below)) + _THRESHOLD_SHIFT * (count / count)
 
 
-@rowwise
+def _compiled_adaptive_temperature(apply_in_training: bool = False, training: bool = False) -> RowFunction:
+    return RowFunction("adaptive_temperature", b=float(training and not apply_in_training))
+
+
+@rowwise(compiled=_compiled_adaptive_temperature)
 def _adaptive_temperature(x: Tensor, keep: Tensor, apply_in_training: bool = False, training: bool = False) -> Tensor:
     p = x.softmax(-1)
     if training and not apply_in_training:
@@ -140,7 +154,7 @@ def _adaptive_temperature(x: Tensor, keep: Tensor, apply_in_training: bool = Fal
     return _scaled_softmax(x, keep, beta)
 
 
-@rowwise
+@rowwise(compiled=lambda training=False: RowFunction("evsoftmax", b=float(training)))
 def _evsoftmax(x: Tensor, keep: Tensor, training: bool = False) -> Tensor:
     z = (x - x.amax(-1, keepdim=True)).detach()
     mean = torch.where(keep, z, 0.0).sum(-1, keepdim=True) / keep.sum(-1, keepdim=True)
@@ -148,7 +162,7 @@ def _evsoftmax(x: Tensor, keep: Tensor, training: bool = False) -> Tensor:
     return torch.where(likely, x, x + math.log(_EV_TRAINING_FACTOR) if training else -math.inf).softmax(-1)
 
 
-@rowwise
+@rowwise(compiled=lambda k: of_numbers("topk_softmax", k))
 def _topk_softmax(x: Tensor, keep: Tensor, k: int) -> Tensor:
     if k >= x.shape[-1]:
         return x.softmax(-1)
@@ -159,7 +173,7 @@ def _topk_softmax(x: Tensor, keep: Tensor, k: int) -> Tensor:
     return torch.where(chosen, x, -math.inf).softmax(-1)
 
 
-@rowwise
+@rowwise(compiled=lambda s=0.43: of_value("scalable_softmax", s))
 def _scalable_softmax(x: Tensor, keep: Tensor, s: float | Tensor = 0.43) -> Tensor:
     return _scaled_softmax(x, keep, s * keep.sum(-1, keepdim=True).to(x.dtype).log())
 
