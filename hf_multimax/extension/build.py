@@ -1,4 +1,6 @@
-"""Compiles ``native.cpp``, which includes the headers beside it: which compilers there are, what they are told, and whether what they wrote is a library."""
+"""Compiles ``native.cpp`` with its headers: which compilers there are, what they are told, and whether what they wrote is
+a library.
+"""
 
 import ctypes
 import hashlib
@@ -75,7 +77,9 @@ def build_key(runtime: Path, flags: Sequence[str] = (*COMPILE_FLAGS, NATIVE_FLAG
     That is the sources, the flags, the OpenMP runtime's name and the processor, but no compiler: a library outlives it.
     """
     sources = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
-    return _digest((*(source.read_text(encoding="utf-8") for source in sources), *flags, *LINK_FLAGS, runtime.name, _processor()))
+    return _digest(
+        (*(source.read_text(encoding="utf-8") for source in sources), *flags, *LINK_FLAGS, runtime.name, _processor())
+    )
 
 
 def _digest(parts: Sequence[str]) -> str:

@@ -46,7 +46,6 @@ void backward_row(const RowCall& g, const BackLine& l, const Buffers& t) {
 void forward_rest(const RowCall& g, const Line& l) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   emit(g, l, [&](vf x) { return x == -kInfinity ? vf{} : splat(nan); });
-  if (g.stats) std::fill(g.stats + l.row * kStats, g.stats + (l.row + 1) * kStats, 0.0f);
   if (g.groups) std::fill(g.groups + l.row * l.n, g.groups + (l.row + 1) * l.n, -1);
 }
 
@@ -63,6 +62,7 @@ void forward_rows(const RowCall& g, int64_t first, int64_t last) {
     return;
   }
   for (int64_t row = first; row < last; ++row) {
+    if (g.stats) std::fill(g.stats + row * kStats, g.stats + (row + 1) * kStats, 0.0f);
     const Line l = take(g, row, t, [](vf x) { return x; });
     l.broken || l.peak == -kInfinity ? forward_rest(g, l) : forward_row(g, l, t);
   }

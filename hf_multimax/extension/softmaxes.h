@@ -200,34 +200,36 @@ void weighted_back(const RowCall& g, const BackLine& l, const Buffers& t) {
     if (g.grad_value) g.grad_value[l.row] = 0.0f;
     return;
   }
-  const float* z = shifted_scores(g, l, stats[3], t.s);
-  auto by_weight = [&](int64_t j) {
+  const float* x = as_floats(g, g.x, g.type, l.row, t.s);
+  const float peak = stats[3];
+  // what the w of all entries but the largest pulls, and of the largest; one alone has a constant w, and gives the rest
+  double top_pull = 0;
+  const double pull = total(l.width, [&](int64_t j) {
     const vf p = load(l.p + j);
-    return p == 0.0f ? vf{} : factor * exp_(load(z + j)) * (load(l.g + j) - mean);
-  };
-  const double all = total(l.width, [&](int64_t j) {
-    const vf p = load(l.p + j), dw = by_weight(j);
-    store(t.a + j, dw);
-    store(l.dx + j, product(p, load(l.g + j) - mean));
+    if (!count(p != 0.0f)) {
+      store(l.dx + j, vf{});
+      return vf{};
+    }
+    const vf z = load(x + j) - peak, slope = load(l.g + j) - mean, e = factor * exp_(z) * slope;
+    const vi top = z == 0.0f, out = p == 0.0f;
+    const vf dw = out | top ? vf{} : e;
+    store(l.dx + j, out ? vf{} : p * slope + dw);
+    if (count(top & ~out)) top_pull += sum(top & ~out ? e : vf{});
     return dw;
   });
-  if (single) {  // its w is constant: what the others' pull, it gives
-    for (int64_t j = 0; j < l.n; ++j) {
-      if (l.p[j] != 0.0f && z[j] == 0.0f) t.a[j] = 0.0f;
-    }
-    const double others = total(l.width, [&](int64_t j) { return load(t.a + j); });
-    for (int64_t j = 0; j < l.n; ++j) {
-      if (l.p[j] != 0.0f && z[j] == 0.0f) t.a[j] = float(-others);
-    }
-  } else {
-    const float each = float(all / stats[2]);
+  const float given = float(single ? -pull : -pull / stats[2]);
+  for (int64_t j = 0; j < l.width; j += W) {
+    const vi top = (load(x + j) == peak) & (load(l.p + j) != 0.0f);
+    if (count(top)) store(l.dx + j, load(l.dx + j) + (top ? splat(given) : vf{}));
+  }
+  if (!single) {  // all of them have the same pull, unless their gradients differ
+    const float mean_pull = float(top_pull / stats[2]);
     for (int64_t j = 0; j < l.width; j += W) {
-      const vi top = (load(l.p + j) != 0.0f) & (load(z + j) == 0.0f);
-      store(t.a + j, load(t.a + j) - (top ? splat(each) : vf{}));
+      const vi top = (load(x + j) == peak) & (load(l.p + j) != 0.0f);
+      if (count(top)) store(l.dx + j, load(l.dx + j) + (top ? factor * (load(l.g + j) - mean) - mean_pull : vf{}));
     }
   }
-  for (int64_t j = 0; j < l.width; j += W) store(l.dx + j, load(l.dx + j) + load(t.a + j));
-  if (g.grad_value) g.grad_value[l.row] = float(all * stats[5]);
+  if (g.grad_value) g.grad_value[l.row] = float((pull + top_pull) * stats[5]);
 }
 
 void rsoftmax_row(const RowCall& g, const Line& l, const Buffers& t) {

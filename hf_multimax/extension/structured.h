@@ -80,12 +80,12 @@ void emit_sparsemax(const RowCall& g, const Line& l, const Buffers& t, const dou
   int64_t few = 0;
   for (int64_t i = 0; i < m; ++i) {
     t.b[few] = float(z[i] - top);
-    few += z[i] - top > -1.0;
+    few += t.b[few] > -1.0f;
   }
   for (int64_t i = few; i < few + W; ++i) t.b[i] = -kInfinity;
   const double tau = sparsemax_threshold(t.b, few);
   std::fill(l.s, l.s + l.width, 0.0f);
-  for (int64_t i = 0; i < m; ++i) l.s[places[i]] = float(std::max(z[i] - top - tau, 0.0));
+  for (int64_t i = 0; i < m; ++i) l.s[places[i]] = float(std::max(float(z[i] - top) - tau, 0.0));
   if (g.groups) {
     int32_t* to = g.groups + l.row * l.n;
     std::fill(to, to + l.n, -1);

@@ -90,6 +90,7 @@ class NormalizerSpec:
         options: its keywords, by name.
         learned: which of them a patched model can learn.
         per_head: whether its parameters are one per head even where the config does not ask for it.
+        takes_training: whether the function takes ``training``.
     """
 
     name: str
@@ -100,6 +101,10 @@ class NormalizerSpec:
     options: Mapping[str, Option] = field(default_factory=dict)
     learned: Mapping[str, Learned] = field(default_factory=dict)
     per_head: bool = False
+    takes_training: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "takes_training", _takes_training(self.function))  # asked for at every call
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """``given`` with the defaults of the other options.
@@ -221,7 +226,7 @@ def normalize(
     options = spec.complete(options)
     if options.pop("learn", False):
         raise ValueError(f"learn=True is for patched models; give normalize({name!r}, ...) a tensor that needs a grad")
-    if _takes_training(spec.function):
+    if spec.takes_training:
         options["training"] = training
     return spec.function(x, dim=dim, mask=mask, **options)
 
@@ -323,7 +328,7 @@ class FunctionNormalizer(Normalizer):
         super().__init__()
         self.name, self.options, self.learned = name, dict(options), dict(learned or {})
         self._initial = {option: rule.raw(self.options.pop(option)) for option, rule in self.learned.items()}
-        self._takes_training = _takes_training(get_normalizer(name).function)
+        self._takes_training = get_normalizer(name).takes_training
         shape = () if num_heads is None else (num_heads,)
         for option in self.learned:
             self.register_parameter(option, nn.Parameter(torch.empty(shape, dtype=torch.float32)))

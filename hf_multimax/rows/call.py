@@ -34,25 +34,26 @@ def items_of(shape: torch.Size, heads: int) -> tuple[int, int, int, int]:
     return rows, head_rows, item_rows, rows // head_rows * -(-head_rows // item_rows)
 
 
-def call(name: str, shape: torch.Size, dtype: torch.dtype, kind: int, a: float, b: float, **tensors: Tensor) -> None:
-    """Call ``multimax_rows_<name>`` of the extension on rows ``[..., n]``.
+def call(name: str, rows: Tensor, kind: int, a: float, b: float, **tensors: Tensor | None) -> None:
+    """Call ``multimax_rows_<name>`` of the extension on tensors shaped and typed like ``rows``.
 
-    The tensors are contiguous, but for ``mask``, which is boolean and shaped like the rows.
+    All are contiguous, but for ``mask``. Absent and empty ones are null pointers.
     """
     library, why = load()
     if library is None:
         raise RuntimeError(f"compiled functions of rows are not available: {why}; use backend('eager')")
-    ranges, mask = tensors.get("ranges"), tensors.get("mask")
-    heads = ranges.shape[0] if ranges is not None and ranges.ndim == 2 else 0
-    rows, head_rows, item_rows, _ = items_of(shape, heads)
-    places = [0] * 6
+    shape, ranges, mask = rows.shape, tensors.get("ranges"), tensors.get("mask")
+    heads, order = 0, 1
+    if ranges is not None:
+        heads, order = ranges.shape[0] if ranges.ndim == 2 else 0, ranges.shape[-1] // 2
+    count, head_rows, item_rows, _ = items_of(shape, heads)
+    places = (0, 0, 0, 0, 0, 0)
     if mask is not None:
         if mask.ndim > 4:
             tensors["mask"] = mask = mask.reshape(-1, mask.shape[-1]).contiguous()
         stride, size = (0, 0, 0, *mask.stride())[-4:], (1, 1, 1, *mask.shape)[-4:]
-        places = [stride[3], *stride[:3], *size[1:3]]
-    order = 1 if ranges is None else ranges.shape[-1] // 2
-    threads = torch.get_num_threads() if shape.numel() >= SEVERAL_THREADS else 1
-    pointers = [tensors[name].data_ptr() if name in tensors else 0 for name in _POINTERS]
-    numbers = (TYPES[dtype], kind, rows, shape[-1], order, heads, head_rows, item_rows, threads)
+        places = (stride[3], *stride[:3], *size[1:3])
+    threads = torch.get_num_threads() if count * shape[-1] >= SEVERAL_THREADS else 1
+    pointers = [0 if (tensor := tensors.get(name)) is None else tensor.data_ptr() for name in _POINTERS]
+    numbers = (TYPES[rows.dtype], kind, count, shape[-1], order, heads, head_rows, item_rows, threads)
     getattr(library, f"multimax_rows_{name}")(_PACKED.pack(*pointers, *places, *numbers, a, b))

@@ -37,7 +37,8 @@ def compiled_rows(function: RowFunction, x: Tensor, dim: int, mask: Tensor | Non
     if not _runs(x, function.value):
         return None
     value = function.value
-    rows = x.movedim(dim, -1).contiguous()
+    last = dim in (-1, x.ndim - 1)
+    rows = (x if last else x.movedim(dim, -1)).contiguous()
     if value is not None:
         value = value.to(torch.float32)
         if value.ndim:
@@ -47,7 +48,7 @@ def compiled_rows(function: RowFunction, x: Tensor, dim: int, mask: Tensor | Non
         rows, value, None, None, None, _mask(x, dim, mask), KINDS.index(function.kind), float(function.a),
         float(function.b),
     )  # fmt: skip
-    return p.movedim(-1, dim)
+    return p if last else p.movedim(-1, dim)
 
 
 def compiled_multimax(
@@ -58,7 +59,8 @@ def compiled_multimax(
         return None
     scale, shift = affine or (None, None)
     heads = [t for t, own in ((ranges, 1), (scale, 0), (shift, 0)) if t is not None and t.ndim > own]
-    if heads and dim not in (-1, x.ndim - 1):
+    last = dim in (-1, x.ndim - 1)
+    if heads and not last:
         return None
     ranges, ts = _parameter(ranges), _parameter(ts)
     pair = None
@@ -68,8 +70,9 @@ def compiled_multimax(
         ranges, ts = (t.expand(heads[0].shape[0], -1).contiguous() for t in (ranges, ts))
     elif heads and pair is not None and pair.ndim == 1:
         pair = pair.expand(heads[0].shape[0], -1).contiguous()
-    p = compute(x.movedim(dim, -1).contiguous(), None, ranges, ts, pair, _mask(x, dim, mask), 0, 0.0, 0.0)
-    return p.movedim(-1, dim)
+    rows = (x if last else x.movedim(dim, -1)).contiguous()
+    p = compute(rows, None, ranges, ts, pair, _mask(x, dim, mask), 0, 0.0, 0.0)
+    return p if last else p.movedim(-1, dim)
 
 
 def _runs(x: Tensor, *others: Tensor | None) -> bool:
@@ -80,15 +83,9 @@ def _runs(x: Tensor, *others: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting() and _chosen() and _is_available()
     plain = all(other is None or type(other) in (Tensor, torch.nn.Parameter) for other in (x, *others))
-    return (
-        plain
-        and _chosen()
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
-        and not torch.compiler.is_exporting()
-        and load()[0] is not None
-    )
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    written_down = torch._C._is_tracing() or torch.compiler.is_exporting()
+    return plain and not transformed and not written_down and _chosen() and load()[0] is not None
 
 
 def _chosen() -> bool:

@@ -4,7 +4,7 @@ Where nothing traces or intercepts operators the dispatcher is left out, whose s
 work itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,11 +16,10 @@ __all__ = ["compute"]
 
 #: x, value, ranges, ts and affine have gradients; the mask stands behind them
 _DIFFERENTIABLE = 5
-_STRUCTURED = (KINDS.index("fusedmax"), KINDS.index("oscarmax"))
+_STRUCTURED = {KINDS.index(name) for name in ("fusedmax", "oscarmax")}
+_NEED_STATS = {KINDS.index(name) for name in ("scalable_softmax", "adaptive_temperature", "rsoftmax", "tsoftmax")}
+#: what the backward pass computes from the scores, too; with a gradient for ``value`` all do
 _NEED_SCORES = {KINDS.index(name) for name in ("multimax", "adaptive_temperature", "rsoftmax", "tsoftmax", "oscarmax")}
-_NEED_STATS = {
-    KINDS.index(name) for name in ("scalable_softmax", "adaptive_temperature", "rsoftmax", "tsoftmax", "multimax")
-} - {KINDS.index("multimax")}
 
 
 def compute(
@@ -63,8 +62,7 @@ def _inference(
     b: float,
 ) -> Tensor:
     out = torch.empty_like(x)
-    given = _given(x=x, value=value, ranges=ranges, ts=ts, affine=affine, mask=mask)
-    call("forward", x.shape, x.dtype, kind, a, b, out=out, **given)
+    call("forward", x, kind, a, b, x=x, value=value, ranges=ranges, ts=ts, affine=affine, mask=mask, out=out)
     return out
 
 
@@ -78,36 +76,39 @@ def _training(
     kind: int,
     a: float,
     b: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, p, stats, groups = outputs = _outputs(x, kind)
-    given = _given(x=x, value=value, ranges=ranges, ts=ts, affine=affine, mask=mask, p=p, stats=stats, groups=groups)
-    call("forward", x.shape, x.dtype, kind, a, b, out=out, **given)
-    return outputs
+) -> list[Tensor]:
+    """The result; then for the backward pass its float32 copy, numbers of every row, groups: empty where not needed."""
+    outputs = _outputs(x, kind)
+    _run_forward(outputs, x, value, ranges, ts, affine, mask, kind, a, b)
+    return _filled(x, outputs)
 
 
-def _outputs(x: Tensor, kind: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result; then for the backward pass, where wanted, its float32 copy, numbers of every row and groups."""
-
-    def tensor(wanted: bool, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return x.new_empty(shape if wanted else (0,), dtype=dtype)
-
-    return (
+def _outputs(x: Tensor, kind: int) -> list[Tensor | None]:
+    return [
         torch.empty_like(x),
-        tensor(x.dtype != torch.float32, x.shape, torch.float32),
-        tensor(kind in _NEED_STATS, (*x.shape[:-1], STATS), torch.float32),
-        tensor(kind in _STRUCTURED, x.shape, torch.int32),
-    )
+        torch.empty_like(x, dtype=torch.float32) if x.dtype != torch.float32 else None,
+        x.new_empty((*x.shape[:-1], STATS), dtype=torch.float32) if kind in _NEED_STATS else None,
+        torch.empty_like(x, dtype=torch.int32) if kind in _STRUCTURED else None,
+    ]
 
 
-def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel()}
+def _run_forward(outputs, x, value, ranges, ts, affine, mask, kind, a, b) -> None:
+    out, p, stats, groups = outputs
+    call(
+        "forward", x, kind, a, b, x=x, value=value, ranges=ranges, ts=ts, affine=affine, mask=mask, out=out, p=p,
+        stats=stats, groups=groups,
+    )  # fmt: skip
+
+
+def _filled(like: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
 def _backward(
     grad: Tensor,
     p: Tensor,
-    stats: Tensor,
-    groups: Tensor,
+    stats: Tensor | None,
+    groups: Tensor | None,
     x: Tensor | None,
     value: Tensor | None,
     ranges: Tensor | None,
@@ -119,24 +120,29 @@ def _backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients of the differentiable inputs, empty for those that need none."""
-    grad_x, by_value, *_ = found = _fake_backward(
-        grad, p, stats, groups, x, value, ranges, ts, affine, kind, a, b, needed
-    )
-    rows = _given(p=p, stats=stats, groups=groups, x=x, value=value, ranges=ranges, ts=ts, affine=affine)
-    rows |= _given(grad=grad.contiguous(), grad_value=by_value, grad_x=torch.empty_like(p, dtype=grad.dtype))
-    if ranges is None or ts is None or not any(needed[2:]):
-        call("backward", p.shape, grad.dtype, kind, a, b, **rows)
-    else:
+    return _filled(grad, _gradients(grad, p, stats, groups, x, value, ranges, ts, affine, kind, a, b, needed))
+
+
+def _gradients(
+    grad, p, stats, groups, x, value, ranges, ts, affine, kind, a, b, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    grad = grad.contiguous()
+    grad_x, grad_value, sums = torch.empty_like(grad), None, None
+    if needed[1]:
+        grad_value = torch.empty_like(value)
+    if ranges is not None and any(needed[2:]):
         heads, size = (ranges.shape[0] if ranges.ndim == 2 else 0), ranges.shape[-1]
         sums = p.new_zeros((items_of(p.shape, heads)[3], 2 * size + 2), dtype=torch.float64)
-        call("backward", p.shape, grad.dtype, kind, a, b, **rows, sums=sums)
-        sums = sums.view(-1, heads, sums.shape[0] // (p.shape[:-2].numel()), sums.shape[1]).sum((0, 2)) if heads else sums.sum(0)
-        by_ranges, by_ts, by_affine = sums.to(torch.float32).split((size, size, 2), -1)
-        found[2:] = [
-            part.contiguous() if wanted else empty
-            for part, wanted, empty in zip((by_ranges, by_ts, by_affine), needed[2:], found[2:])
-        ]
-    found[0] = rows["grad_x"] if needed[0] else grad_x
+    call(
+        "backward", grad, kind, a, b, p=p, stats=stats, groups=groups, x=x, value=value, ranges=ranges, ts=ts,
+        affine=affine, grad=grad, grad_x=grad_x, grad_value=grad_value, sums=sums,
+    )  # fmt: skip
+    found = [grad_x if needed[0] else None, grad_value, None, None, None]
+    if sums is not None:
+        sums = sums.sum(0) if not heads else sums.view(p.shape[:-3].numel(), heads, -1, 2 * size + 2).sum((0, 2))
+        parts = sums.to(torch.float32).split((size, size, 2), -1)
+        # apart, as what an operator returns must not share memory
+        found[2:] = [part.clone() if wanted else None for part, wanted in zip(parts, needed[2:])]
     return found
 
 
@@ -145,36 +151,30 @@ def _fake_inference(x, *rest):
 
 
 def _fake_training(x, value, ranges, ts, affine, mask, kind, a, b):
-    return _outputs(x, kind)
+    return _filled(x, _outputs(x, kind))
 
 
 def _fake_backward(grad, p, stats, groups, x, value, ranges, ts, affine, kind, a, b, needed):
-    shapes = [p.shape, *(None if t is None else t.shape for t in (value, ranges, ts, affine))]
-    dtypes = (grad.dtype, *(torch.float32,) * 4)
-    return [
-        p.new_empty(shape if wanted and shape is not None else (0,), dtype=dtype)
-        for shape, dtype, wanted in zip(shapes, dtypes, needed)
-    ]
+    shapes = [grad, value, ranges, ts, affine]
+    return [t.new_empty(t.shape) if wanted else grad.new_empty(0) for t, wanted in zip(shapes, needed)]
 
 
 def _save(ctx, inputs, output) -> None:
     x, value, ranges, ts, affine, _mask, *ctx.options = inputs
     out, p, stats, groups = output
-    kind = ctx.options[0]
-    scores = kind in _NEED_SCORES or (value is not None and value.requires_grad)
-    ctx.save_for_backward(
-        p if p.numel() else out, stats, groups, x if scores else None, value, ranges, ts, affine
-    )
+    scores = ctx.options[0] in _NEED_SCORES or ctx.needs_input_grad[1]
+    p = out if out.dtype == torch.float32 else p
+    ctx.save_for_backward(p, stats, groups, x if scores else None, value, ranges, ts, affine)
 
 
-def _gradients(ctx, grad: Tensor, backward) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx, grad: Tensor, backward: Callable[..., Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "compiled functions of rows have no second derivative: call backward without create_graph=True, or compute "
             "under hf_multimax.backend('eager')"
         )
-    needed = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
-    grads = backward(grad, *ctx.saved_tensors, *ctx.options, needed)
+    needed = ctx.needs_input_grad[:_DIFFERENTIABLE]
+    grads = backward(grad, *ctx.saved_tensors, *ctx.options, list(needed))
     return *(grad if wanted else None for grad, wanted in zip(grads, needed)), None, None, None, None
 
 
@@ -183,13 +183,14 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _training(*inputs)
-        _save(ctx, inputs, output)
-        return output[0]
+        outputs = _outputs(inputs[0], inputs[6])
+        _run_forward(outputs, *inputs)
+        _save(ctx, inputs, outputs)
+        return outputs[0]
 
     @staticmethod
     def backward(ctx, grad):
-        return _gradients(ctx, grad, _backward)
+        return _differentiate(ctx, grad, _gradients)
 
 
 _inference_op = define_operator("row_function", _inference, _fake_inference, "CPU")
@@ -197,7 +198,7 @@ _training_op = define_operator("row_function_training", _training, _fake_trainin
 _backward_op = define_operator("row_function_backward", _backward, _fake_backward, "CPU")
 torch.library.register_autograd(
     "hf_multimax::row_function_training",
-    lambda ctx, grad, *_: _gradients(ctx, grad, _backward_op),
+    lambda ctx, grads: _differentiate(ctx, grads[0], _backward_op),
     setup_context=_save,
     lib=LIBRARY,
 )
