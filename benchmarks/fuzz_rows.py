@@ -161,7 +161,7 @@ def _condition(name: str, options: dict[str, Any], x: Tensor, q: Tensor) -> floa
     z = x.double() - x.double().amax(-1, keepdim=True)
     seen = z[(q > 1e-7) & z.isfinite()].abs()
     spread = seen.max().item() if seen.numel() else 0.0
-    if name in ("multimax", "oscarmax"):  # which act on the scores themselves
+    if name in ("multimax", "oscarmax", "softmax1", "sigmoid"):  # which act on the scores themselves
         spread = max(spread, x.double()[q > 1e-7].abs().max().item() if (q > 1e-7).any() else 0.0)
     alpha = torch.as_tensor(options.get("alpha", 1.5)).item()
     steep = max(1.0, alpha) if name == "entmax" else 1.0
@@ -176,11 +176,22 @@ def _jumps(name: str, options: dict[str, Any], x: Tensor, mask: Tensor | None, e
 def _check_zeros(name: str, p: Tensor, q: Tensor, dtype: torch.dtype, text: str) -> None:
     """Zeros are float64's, but for scores within 1e-6 of a threshold and weights that the type cannot hold."""
     near = {"entmax15": 1e-12, "entmax": 1e-6, "rsoftmax": 1e-6, "tsoftmax": 1e-6}.get(name, 2e-6)
-    if name in ("softmax", "scalable_softmax", "adaptive_temperature", "evsoftmax", "topk_softmax", "multimax"):
+    if name in (
+        "softmax1",
+        "sigmoid",
+        "softmax",
+        "scalable_softmax",
+        "adaptive_temperature",
+        "evsoftmax",
+        "topk_softmax",
+        "multimax",
+    ):
         near = SMALLEST
     near = max(near, torch.finfo(dtype).smallest_normal * 2, SMALLEST)
     differ = (p == 0) != (q == 0)
     assert not (differ & (torch.maximum(p, q) > near)).any(), f"{text}: other zeros"
+    if name in ("softmax1", "sigmoid"):
+        return
     total, kept = p.sum(-1), (q > 0).any(-1)
     most = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps * 2
     assert ((total - 1).abs()[kept] <= most + math.sqrt(p.shape[-1]) * 1e-7).all(), f"{text}: sums to {total}"

@@ -41,6 +41,10 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "evsoftmax": ("evsoftmax", {}),
     "topk_softmax, k 32": ("topk_softmax", {"k": 32}),
     "scalable_softmax": ("scalable_softmax", {}),
+    "asentmax": ("asentmax", {}),
+    "softpick": ("softpick", {}),
+    "softmax1": ("softmax1", {}),
+    "sigmoid": ("sigmoid", {}),
 }
 #: the same in the entmax package
 PACKAGE: dict[str, Callable[[Tensor], Tensor]] = {

@@ -51,7 +51,8 @@ def test_long_rows(kind):
             p = normalize(kind, scores, **options)
             into += [p, torch.autograd.grad(p, scores, grad.to(dtype))[0]]
     total = found[0].double().sum(-1)
-    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
+    if kind not in ("softmax1", "sigmoid"):
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
     for ours, theirs, reference in zip(found, plain, exact):
         for row, other, expected in zip(ours, theirs, reference):
             assert relative_error(row, expected) <= 4 * relative_error(other, expected) + 4e-6

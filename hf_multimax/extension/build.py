@@ -1,6 +1,4 @@
-"""Compiles ``native.cpp`` with its headers: which compilers there are, what they are told, and whether what they wrote is
-a library.
-"""
+"""Compiles ``native.cpp``: which compilers there are, what they are told, and whether what they wrote is a library."""
 
 import ctypes
 import hashlib

@@ -22,6 +22,8 @@ void forward_row(const RowCall& g, const Line& l, const Buffers& t) {
     case kTopKSoftMax: return topk_row(g, l, t);
     case kFusedMax: return fusedmax_row(g, l, t);
     case kOscarMax: return oscarmax_row(g, l, t);
+    case kSoftMax1: return softmax1_row(g, l);
+    case kSigmoid: return sigmoid_row(g, l);
   }
 }
 
@@ -36,9 +38,11 @@ void backward_row(const RowCall& g, const BackLine& l, const Buffers& t) {
     case kRSoftMax:
     case kTSoftMax: return weighted_back(g, l, t);
     case kEvSoftMax:
+    case kSoftMax1:
     case kTopKSoftMax: return softmax_back(l, 1.0f);
     case kFusedMax: return structured_back(g, l, t, false);
     case kOscarMax: return structured_back(g, l, t, true);
+    case kSigmoid: return sigmoid_back(l);
   }
 }
 

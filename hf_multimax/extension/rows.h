@@ -9,7 +9,7 @@ namespace {
 
 enum Kind : int64_t {
   kMultiMax, kSoftMax, kScalableSoftMax, kAdaptiveTemperature, kSparseMax, kEntMax15, kEntMax, kRSoftMax, kTSoftMax,
-  kEvSoftMax, kTopKSoftMax, kFusedMax, kOscarMax
+  kEvSoftMax, kTopKSoftMax, kFusedMax, kOscarMax, kSoftMax1, kSigmoid
 };
 
 constexpr int64_t kStats = 6;  // floats that the forward leaves to the backward for every row

@@ -32,6 +32,27 @@ void softmax_row(const RowCall& g, const Line& l, float temperature) {
   emit_scaled(g, l, exponentials(l, [&](vf x) { return max(x - peak, splat(-kMost)) / temperature; }));
 }
 
+// A score of 0 takes a share, too
+void softmax1_row(const RowCall& g, const Line& l) {
+  const float most = std::max(l.peak, 0.0f);
+  emit_scaled(g, l, exponentials(l, [&](vf x) { return x - most; }) + std::exp(-double(most)));
+}
+
+void sigmoid_row(const RowCall& g, const Line& l) {
+  const float shift = g.b != 0 ? float(g.a) : -std::log(float(l.kept));
+  emit(g, l, [&](vf x) {
+    const vf v = x + shift, e = exp_(v < 0.0f ? v : -v);
+    return (v < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+  });
+}
+
+void sigmoid_back(const BackLine& l) {
+  for (int64_t j = 0; j < l.width; j += W) {
+    const vf p = load(l.p + j);
+    store(l.dx + j, product(p * (1.0f - p), load(l.g + j)));
+  }
+}
+
 // SoftMax of scale (x - peak), where the scale may be 0 or negative
 void scaled_row(const RowCall& g, const Line& l, float scale) {
   const float peak = l.peak;
@@ -66,11 +87,11 @@ const float* shifted_scores(const RowCall& g, const BackLine& l, float peak, flo
 void scalable_row(const RowCall& g, const Line& l) {
   const float log_count = std::log(float(l.kept));
   if (g.stats) g.stats[l.row * kStats] = log_count, g.stats[l.row * kStats + 1] = l.peak;
-  scaled_row(g, l, value_of(g, l.row) * log_count);
+  scaled_row(g, l, float(g.b) + value_of(g, l.row) * log_count);
 }
 
 void scalable_back(const RowCall& g, const BackLine& l, const Buffers& t) {
-  const float log_count = g.stats[l.row * kStats], scale = value_of(g, l.row) * log_count;
+  const float log_count = g.stats[l.row * kStats], scale = float(g.b) + value_of(g, l.row) * log_count;
   if (g.grad_value) {
     const float* z = shifted_scores(g, l, g.stats[l.row * kStats + 1], t.s);
     const float mean = float(mean_gradient(l));

@@ -14,12 +14,15 @@ from hf_multimax.rows.choose import RowFunction
 __all__ = [
     "below_peak",
     "flag",
+    "init",
     "is_number",
     "logit",
     "non_negative",
     "of_numbers",
     "of_value",
     "one_plus_sigmoid",
+    "one_plus_share",
+    "start_at_zero",
     "positive",
     "same",
 ]
@@ -41,12 +44,31 @@ def flag(help: str) -> Option:
     return Option(False, help, "true or false", lambda value: isinstance(value, bool))
 
 
+def init() -> Option:
+    return Option(
+        "default",
+        "identity starts a patched model as SoftMax, and learns",
+        "'default' or 'identity'",
+        lambda value: value in ("default", "identity"),
+    )
+
+
+def start_at_zero(value: Any) -> float:
+    """What a learned parameter starts at whatever its option says."""
+    return 0.0
+
+
 def same(value: Tensor) -> Tensor:
     return value
 
 
 def one_plus_sigmoid(a: Tensor) -> Tensor:
     return 1 + a.sigmoid()
+
+
+def one_plus_share(a: Tensor) -> Tensor:
+    """``1 + a`` with a in [0, 1], where a gradient passes beyond the borders, too, so that a can return."""
+    return 1 + a + (a.clamp(0.0, 1.0) - a).detach()
 
 
 def logit(name: str, value: float, least: float) -> float:
@@ -67,6 +89,9 @@ def of_numbers(kind: str, *options: Any) -> RowFunction | None:
     return RowFunction(kind, *options) if all(isinstance(option, int | float) for option in options) else None
 
 
-def of_value(kind: str, option: Any) -> RowFunction | None:
-    """The compiled function with an option that may be a tensor."""
-    return RowFunction(kind, value=option) if isinstance(option, Tensor) else of_numbers(kind, option)
+def of_value(kind: str, option: Any, *others: Any) -> RowFunction | None:
+    """The compiled function with an option that may be a tensor, and others that must not."""
+    if not isinstance(option, Tensor):
+        return of_numbers(kind, option, *others)
+    numbers = of_numbers(kind, 0.0, *others)
+    return None if numbers is None else numbers._replace(value=option)

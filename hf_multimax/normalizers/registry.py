@@ -68,11 +68,13 @@ class Learned:
         value: the option's value from the parameter.
         raw: the parameter from an initial value (a number); raises ValueError where that cannot be reached.
         always: whether it is learned without being asked for by ``learn=True``.
+        draw: fills the parameter where the initial value is None.
     """
 
     value: Callable[[Tensor], Tensor]
     raw: Callable[[float], float]
     always: bool = False
+    draw: Callable[[Tensor], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class NormalizerSpec:
         options: its keywords, by name.
         learned: which of them a patched model can learn.
         per_head: whether its parameters are one per head even where the config does not ask for it.
+        identity: what is learned instead with the option ``init="identity"``, and from where on, so that a patched
+            model starts as SoftMax; ``raw`` ignores the option's value.
+        identity_options: the other options' values then.
         takes_training: whether the function takes ``training``.
     """
 
@@ -101,6 +106,8 @@ class NormalizerSpec:
     options: Mapping[str, Option] = field(default_factory=dict)
     learned: Mapping[str, Learned] = field(default_factory=dict)
     per_head: bool = False
+    identity: Mapping[str, Learned] = field(default_factory=dict)
+    identity_options: Mapping[str, Any] = field(default_factory=dict)
     takes_training: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -139,6 +146,8 @@ def register_normalizer(
     options: Mapping[str, Option] | None = None,
     learned: Mapping[str, Learned] | None = None,
     per_head: bool = False,
+    identity: Mapping[str, Learned] | None = None,
+    identity_options: Mapping[str, Any] | None = None,
 ) -> NormalizerSpec:
     """Make a normalizer available to ``patch_model`` and ``normalize``; see :class:`NormalizerSpec` for the arguments.
 
@@ -170,6 +179,8 @@ def register_normalizer(
         found if options is None else options,
         learned or {},
         per_head,
+        identity or {},
+        identity_options or {},
     )
     return _REGISTRY[name]
 
@@ -226,6 +237,8 @@ def normalize(
     options = spec.complete(options)
     if options.pop("learn", False):
         raise ValueError(f"learn=True is for patched models; give normalize({name!r}, ...) a tensor that needs a grad")
+    if spec.identity and options.pop("init") == "identity":
+        raise ValueError(f"init='identity' is where patched models start; give normalize({name!r}, ...) the options")
     if spec.takes_training:
         options["training"] = training
     return spec.function(x, dim=dim, mask=mask, **options)
@@ -316,6 +329,7 @@ class FunctionNormalizer(Normalizer):
         options: all its options; those learned give the initial values.
         learned: the options that are parameters.
         num_heads: None for one value, or the number of heads for one each; scores are then ``[..., heads, q, k]``.
+        share: how much of the result is the function's, in [0, 1]; the rest is SoftMax's.
     """
 
     def __init__(
@@ -324,10 +338,16 @@ class FunctionNormalizer(Normalizer):
         options: Mapping[str, Any],
         learned: Mapping[str, Learned] | None = None,
         num_heads: int | None = None,
+        share: float = 1.0,
     ) -> None:
         super().__init__()
+        self.share = share
         self.name, self.options, self.learned = name, dict(options), dict(learned or {})
-        self._initial = {option: rule.raw(self.options.pop(option)) for option, rule in self.learned.items()}
+        given = {option: self.options.pop(option) for option in self.learned}
+        self._initial = {
+            option: rule.draw if given[option] is None and rule.draw else rule.raw(given[option])
+            for option, rule in self.learned.items()
+        }
         self._takes_training = get_normalizer(name).takes_training
         shape = () if num_heads is None else (num_heads,)
         for option in self.learned:
@@ -337,7 +357,8 @@ class FunctionNormalizer(Normalizer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for name, initial in self._initial.items():
-            self.get_parameter(name).fill_(initial)
+            parameter = self.get_parameter(name)
+            initial(parameter) if callable(initial) else parameter.fill_(initial)
 
     def values(self) -> dict[str, Any]:
         """Every option's present value: numbers, and for a learned one a tensor ``[]`` or ``[num_heads]``."""
@@ -350,10 +371,14 @@ class FunctionNormalizer(Normalizer):
         }
         if self._takes_training:
             options["training"] = self.training
-        return get_normalizer(self.name).function(x, dim=dim, mask=mask, **options)
+        p = get_normalizer(self.name).function(x, dim=dim, mask=mask, **options)
+        if self.share == 1.0:
+            return p
+        return torch.lerp(get_normalizer("softmax").function(x, dim=dim, mask=mask), p, self.share)
 
     def extra_repr(self) -> str:
         fixed = [f"{option}={value}" for option, value in self.options.items()]
+        fixed += [] if self.share == 1.0 else [f"share={self.share:g}"]
         return ", ".join([self.name, *fixed, *(f"learned {option}" for option in self.learned)])
 
 
@@ -361,10 +386,17 @@ def _build_from_function(name: str, config: MultiMaxConfig, num_heads: int | Non
     """The module of a normalizer that has none of its own."""
     spec = get_normalizer(name)
     try:
-        options = spec.complete(config.normalizer_kwargs)
+        given = dict(config.normalizer_kwargs)
+        share = 1.0 if "share" in spec.options else given.pop("share", 1.0)
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"share of the normalizer {name!r} must be a number in [0, 1], got {share!r}")
+        options = spec.complete(given)
         learn = options.pop("learn", False)
         learned = {option: rule for option, rule in spec.learned.items() if learn or rule.always}
-        return FunctionNormalizer(name, options, learned, num_heads)
+        if spec.identity and options.pop("init") == "identity":
+            learned = dict(spec.identity)
+            options.update(spec.identity_options)
+        return FunctionNormalizer(name, options, learned, num_heads, float(share))
     except (TypeError, ValueError) as error:
         raise ValueError(f"MultiMaxConfig.normalizer_kwargs: {error}") from error
 

@@ -18,12 +18,15 @@ from hf_multimax.normalizers.base import MultiMax, Normalizer
 from hf_multimax.normalizers.options import (
     below_peak,
     flag,
+    init,
     is_number,
     logit,
+    non_negative,
     of_numbers,
     of_value,
     positive,
     same,
+    start_at_zero,
 )
 from hf_multimax.normalizers.registry import REQUIRED, Learned, Option, get_normalizer, register_normalizer, rowwise
 from hf_multimax.rows.choose import RowFunction
@@ -173,9 +176,13 @@ def _topk_softmax(x: Tensor, keep: Tensor, k: int) -> Tensor:
     return torch.where(chosen, x, -math.inf).softmax(-1)
 
 
-@rowwise(compiled=lambda s=0.43: of_value("scalable_softmax", s))
-def _scalable_softmax(x: Tensor, keep: Tensor, s: float | Tensor = 0.43) -> Tensor:
-    return _scaled_softmax(x, keep, s * keep.sum(-1, keepdim=True).to(x.dtype).log())
+def _compiled_scalable_softmax(s: float | Tensor = 0.43, base: float = 0.0) -> RowFunction | None:
+    return of_value("scalable_softmax", s, base)
+
+
+@rowwise(compiled=_compiled_scalable_softmax)
+def _scalable_softmax(x: Tensor, keep: Tensor, s: float | Tensor = 0.43, base: float = 0.0) -> Tensor:
+    return _scaled_softmax(x, keep, base + s * keep.sum(-1, keepdim=True).to(x.dtype).log())
 
 
 def _scaled_softmax(x: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
@@ -254,7 +261,13 @@ register_normalizer(
     "scalable_softmax",
     _scalable_softmax,
     citation="Nakanishi. Scalable-Softmax Is Superior for Attention. 2025. arXiv:2501.19399.",
-    options={"s": positive(0.43, "scores are multiplied by s log(unmasked entries); where s starts")},
+    options={
+        "s": positive(0.43, "scores are multiplied by base + s log(unmasked entries); where s starts"),
+        "base": non_negative(0.0, "see s; 1 with init='identity'"),
+        "init": init(),
+    },
     learned={"s": Learned(same, float, always=True)},
     per_head=True,
+    identity={"s": Learned(same, start_at_zero)},
+    identity_options={"base": 1.0},
 )

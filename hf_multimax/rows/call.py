@@ -12,7 +12,7 @@ __all__ = ["KINDS", "MAX_ORDER", "STATS", "TYPES", "call", "items_of"]
 #: ``Kind`` of rows.h, in its order
 KINDS = (
     "multimax", "softmax", "scalable_softmax", "adaptive_temperature", "sparsemax", "entmax15", "entmax", "rsoftmax",
-    "tsoftmax", "evsoftmax", "topk_softmax", "fusedmax", "oscarmax",
+    "tsoftmax", "evsoftmax", "topk_softmax", "fusedmax", "oscarmax", "softmax1", "sigmoid",
 )  # fmt: skip
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_ORDER = 16
