@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_multimax.attention import choice
 from hf_multimax.extension.library import load
-from hf_multimax.rows.call import KINDS, MAX_ORDER, TYPES
+from hf_multimax.rows.call import KINDS, MAX_ORDER, TYPES, RowCall
 from hf_multimax.rows.operators import compute
 
 __all__ = ["RowFunction", "compiled_multimax", "compiled_rows"]
@@ -44,10 +44,8 @@ def compiled_rows(function: RowFunction, x: Tensor, dim: int, mask: Tensor | Non
         if value.ndim:
             value = value.reshape((1,) * (x.ndim - value.ndim) + value.shape).movedim(dim, -1)
         value = value.expand(*rows.shape[:-1], 1).reshape(-1).contiguous()
-    p = compute(
-        rows, value, None, None, None, _mask(x, dim, mask), KINDS.index(function.kind), float(function.a),
-        float(function.b),
-    )  # fmt: skip
+    kind, a, b = KINDS.index(function.kind), float(function.a), float(function.b)
+    p = compute(RowCall(rows, value, mask=_mask(x, dim, mask), kind=kind, a=a, b=b))
     return p if last else p.movedim(-1, dim)
 
 
@@ -71,7 +69,7 @@ def compiled_multimax(
     elif heads and pair is not None and pair.ndim == 1:
         pair = pair.expand(heads[0].shape[0], -1).contiguous()
     rows = (x if last else x.movedim(dim, -1)).contiguous()
-    p = compute(rows, None, ranges, ts, pair, _mask(x, dim, mask), 0, 0.0, 0.0)
+    p = compute(RowCall(rows, None, ranges, ts, pair, _mask(x, dim, mask)))
     return p if last else p.movedim(-1, dim)
 
 
