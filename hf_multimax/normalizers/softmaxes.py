@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from hf_multimax.config import MultiMaxConfig
-from hf_multimax.functional import multimax
+from hf_multimax.functional import masked_softmax, multimax
 from hf_multimax.normalizers.base import MultiMax, Normalizer
 from hf_multimax.normalizers.options import (
     below_peak,
@@ -29,7 +29,7 @@ from hf_multimax.normalizers.options import (
     start_at_zero,
 )
 from hf_multimax.normalizers.registry import REQUIRED, Learned, Option, get_normalizer, register_normalizer, rowwise
-from hf_multimax.rows.choose import RowFunction
+from hf_multimax.rows.choose import RowFunction, compiled_rows
 
 __all__ = ["SoftMax"]
 
@@ -54,6 +54,11 @@ class SoftMax(Normalizer):
 
     def modulate(self, x: Tensor) -> Tensor:
         return x if self.temperature == 1.0 else x / self.temperature
+
+    def normalize(self, x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+        boolean = mask is None or mask.dtype == torch.bool
+        p = compiled_rows(RowFunction("softmax", 1.0), x, dim, mask) if boolean else None
+        return masked_softmax(x, dim, mask) if p is None else p
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
