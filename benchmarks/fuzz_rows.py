@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_multimax import backend, normalize
+from hf_multimax.extension.library import load
 from hf_multimax.rows.call import KINDS
 
 __all__ = ["check", "main"]
@@ -32,6 +33,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--only", help="one function")
     arguments = parser.parse_args()
+    if load()[0] is None:
+        raise SystemExit(f"there is nothing to try: {load()[1]}")
     torch.set_num_threads(1)
     failed = 0
     for seed in range(arguments.first, arguments.first + arguments.calls):
@@ -56,6 +59,11 @@ def drawn_options(rng: random.Random, only: str | None = None) -> tuple[str, dic
         "softmax": lambda: {"temperature": rng.choice((0.1, 0.7, 1.0, 5.0))},
         "scalable_softmax": lambda: {"s": maybe_tensor(rng.choice((0.1, 0.43, 1.0)))},
         "entmax": lambda: {"alpha": maybe_tensor(rng.choice((1.0, 1.01, 1.2, 1.25, 4 / 3, 1.5, 1.7, 2.0, 2.5, 4.0)))},
+        "asentmax": lambda: {
+            "alpha": rng.choice((1.0, 1.25, 1.5, 2.0)),
+            "beta": maybe_tensor(rng.choice((-0.1, 0.2, 0.9))),
+            "gamma": maybe_tensor(rng.choice((-0.7, 0.0, 0.4))),
+        },
         "rsoftmax": lambda: {"sparsity": maybe_tensor(rng.choice((0.0, 0.3, 0.5, 0.9, 1.0)))},
         "tsoftmax": lambda: {"t": rng.choice((0.01, 1.0, 4.0, 100.0))},
         "topk_softmax": lambda: {"k": rng.choice((1, 2, 7, 32, 5000))},
@@ -138,7 +146,10 @@ def check(seed: int, only: str | None = None) -> None:
         if not theirs.isfinite().all() or reference.abs().max() > torch.finfo(dtype).max:
             continue
         # sums of many terms that cancel are as exact as their terms are large
-        size = max(reference.abs().max().item(), {"p": 1e-3, "x": 0.1}.get(what, p.numel() / shape[-1]))
+        size = max(
+            reference.abs().max().item(),
+            {"p": 1e-3, "x": 1.0 if name in ("rsoftmax", "tsoftmax") else 0.1}.get(what, p.numel() / shape[-1]),
+        )
         error = (found.double() - reference).abs().max().item()
         allowed = 4 * (theirs - reference).abs().max().item() + 4 * rounding * size * _condition(name, options, x, q)
         assert error <= allowed, f"{text}: {what} errs by {error:.3g}, allowed are {allowed:.3g}"
@@ -164,7 +175,7 @@ def _condition(name: str, options: dict[str, Any], x: Tensor, q: Tensor) -> floa
     if name in ("multimax", "oscarmax", "softmax1", "sigmoid"):  # which act on the scores themselves
         spread = max(spread, x.double()[q > 1e-7].abs().max().item() if (q > 1e-7).any() else 0.0)
     alpha = torch.as_tensor(options.get("alpha", 1.5)).item()
-    steep = max(1.0, alpha) if name == "entmax" else 1.0
+    steep = max(1.0, alpha) if name in ("entmax", "asentmax") else 1.0
     return (1 + min(spread, 1e4) / options.get("temperature", 1.0)) * steep**3
 
 
@@ -175,7 +186,7 @@ def _jumps(name: str, options: dict[str, Any], x: Tensor, mask: Tensor | None, e
 
 def _check_zeros(name: str, p: Tensor, q: Tensor, dtype: torch.dtype, text: str) -> None:
     """Zeros are float64's, but for scores within 1e-6 of a threshold and weights that the type cannot hold."""
-    near = {"entmax15": 1e-12, "entmax": 1e-6, "rsoftmax": 1e-6, "tsoftmax": 1e-6}.get(name, 2e-6)
+    near = {"entmax15": 1e-12, "asentmax": 1e-5, "entmax": 1e-6, "rsoftmax": 1e-6, "tsoftmax": 1e-6}.get(name, 2e-6)
     if name in (
         "softmax1",
         "sigmoid",

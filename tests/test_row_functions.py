@@ -27,7 +27,7 @@ def test_random_calls(kind):
         check(seed, kind)
 
 
-@pytest.mark.parametrize("seed", [284, 413, 446, 550, 616, 672, 966, 1102, 1374, 1375, 1657, 2016])
+@pytest.mark.parametrize("seed", [284, 413, 446, 550, 616, 672, 966, 1102, 1374, 1375, 1445, 1657, 2016])
 def test_calls_that_once_failed(seed):
     check(seed)
 
@@ -76,17 +76,19 @@ def test_compiled_code_calls_them(kind):
         torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), loss(x))
 
 
-@pytest.mark.parametrize("kind", ["multimax", "scalable_softmax", "fusedmax", "oscarmax"])
+@pytest.mark.parametrize("kind", ["multimax", "scalable_softmax", "asentmax", "fusedmax", "oscarmax"])
 def test_the_operators_are_what_they_claim(kind):
     x = torch.randn(2, 3, 5, requires_grad=True)
-    ranges = ts = affine = value = None
+    ranges = ts = affine = value = beta = gamma = None
     if kind == "multimax":
         ranges, ts, affine = (torch.randn(s, requires_grad=True) for s in ((2, 2), (2, 2), (2, 2)))
         x = torch.randn(2, 2, 3, 5, requires_grad=True)
     elif kind == "scalable_softmax":
         value = torch.rand(6).requires_grad_()
+    elif kind == "asentmax":
+        beta, gamma = (torch.rand(6).requires_grad_() for _ in range(2))
     mask = torch.rand(x.shape) < 0.8
-    arguments = (x, value, ranges, ts, affine, mask, KINDS.index(kind), 0.5, 0.1)
+    arguments = (x, value, beta, gamma, ranges, ts, affine, mask, KINDS.index(kind), 1.3, 0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.library.opcheck(torch.ops.hf_multimax.row_function_training.default, arguments)

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "softmaxes.h"
+#include "asentmax.h"
 #include "structured.h"
 
 namespace {
@@ -24,6 +24,7 @@ void forward_row(const RowCall& g, const Line& l, const Buffers& t) {
     case kOscarMax: return oscarmax_row(g, l, t);
     case kSoftMax1: return softmax1_row(g, l);
     case kSigmoid: return sigmoid_row(g, l);
+    case kAsEntMax: return asentmax_row(g, l, t);
   }
 }
 
@@ -43,6 +44,7 @@ void backward_row(const RowCall& g, const BackLine& l, const Buffers& t) {
     case kFusedMax: return structured_back(g, l, t, false);
     case kOscarMax: return structured_back(g, l, t, true);
     case kSigmoid: return sigmoid_back(l);
+    case kAsEntMax: return asentmax_back(g, l, t);
   }
 }
 
@@ -91,7 +93,9 @@ void backward_rows(const RowCall& g, int64_t first, int64_t last, int64_t item) 
     const bool empty = !(largest_of(l.p, l.width) > 0.0f);  // nothing is kept, or it is NaN: no gradient passes
     if (empty) {
       std::fill(l.dx, l.dx + l.n, 0.0f);
-      if (g.grad_value) g.grad_value[row] = 0.0f;
+      for (float* grad : {g.grad_value, g.grad_beta, g.grad_gamma}) {
+        if (grad) grad[row] = 0.0f;
+      }
     } else {
       backward_row(g, l, t);
     }

@@ -9,9 +9,10 @@ namespace {
 
 enum Kind : int64_t {
   kMultiMax, kSoftMax, kScalableSoftMax, kAdaptiveTemperature, kSparseMax, kEntMax15, kEntMax, kRSoftMax, kTSoftMax,
-  kEvSoftMax, kTopKSoftMax, kFusedMax, kOscarMax, kSoftMax1, kSigmoid
+  kEvSoftMax, kTopKSoftMax, kFusedMax, kOscarMax, kSoftMax1, kSigmoid, kAsEntMax
 };
 
+constexpr float kMost = std::numeric_limits<float>::max();
 constexpr int64_t kStats = 6;  // floats that the forward leaves to the backward for every row
 
 }  // namespace
@@ -27,12 +28,16 @@ struct RowCall {
   float* stats;     // [rows, kStats]
   int32_t* groups;  // [rows, n]: which entries fusedmax and oscarmax fused, -1 where that passes no gradient
   const float* value;  // an option that is a tensor: one for every row, in place of `a`
+  const float* beta;   // [rows], as gamma: of asentmax
+  const float* gamma;
   const float* ranges;  // [heads, 2 order]
   const float* ts;
   const float* affine;  // [heads, 2]
   const char* grad;     // [rows, n], of x's type, as grad_x is
   char* grad_x;
-  float* grad_value;    // [rows]
+  float* grad_value;    // [rows], as the two that follow
+  float* grad_beta;
+  float* grad_gamma;
   double* sums;         // [items, 4 order + 2]: gradients of ranges, ts, scale and shift, to be added up
   int64_t mask_stride[4];  // of the last dimension, then of those that rows are numbered by, slowest first
   int64_t mask_size[2];    // of the last two of these

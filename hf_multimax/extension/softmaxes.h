@@ -9,7 +9,6 @@ namespace {
 
 constexpr float kUnderflow = -103.972077f;  // whose exponential is no positive float, not even a subnormal one
 constexpr float kThresholdShift = 1e-8f, kEvTrainingFactor = 1e-6f;
-constexpr float kMost = std::numeric_limits<float>::max();
 
 // s = e^f(s), and the sum
 template <class F>

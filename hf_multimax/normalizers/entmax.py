@@ -27,7 +27,7 @@ from hf_multimax.normalizers.options import (
     start_at_zero,
 )
 from hf_multimax.normalizers.registry import Learned, Option, register_normalizer, rowwise
-from hf_multimax.rows.choose import RowFunction, compiled_rows
+from hf_multimax.rows.choose import RowFunction
 
 __all__ = ["entmax_package"]
 
@@ -57,7 +57,19 @@ def _entmax(x: Tensor, keep: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
     return _Entmax.apply(x, alpha.expand(*x.shape[:-1], 1))
 
 
-@rowwise
+def _compiled_asentmax(
+    alpha: float | Tensor = 1.5,
+    beta: float | Tensor | None = None,
+    gamma: float | Tensor | None = None,
+    delta: float = 1.0,
+) -> RowFunction | None:
+    chosen = of_value("asentmax", alpha, delta)
+    if chosen is None:
+        return None
+    return chosen._replace(beta=_MEAN_BETA if beta is None else beta, gamma=0.0 if gamma is None else gamma)
+
+
+@rowwise(compiled=_compiled_asentmax)
 def _asentmax(
     x: Tensor,
     keep: Tensor,
@@ -69,10 +81,7 @@ def _asentmax(
     beta, gamma = _MEAN_BETA if beta is None else beta, 0.0 if gamma is None else gamma
     # n + 1 is the authors' "position + 2" under a causal mask, whose logarithm is no less than log 2
     length = (keep.sum(-1, keepdim=True) + 1).to(x.dtype).log()
-    x = torch.where(keep, (delta + beta * length**gamma) * below_peak(x), -math.inf)
-    chosen = of_value("entmax", alpha)
-    p = None if chosen is None else compiled_rows(chosen, x, -1, None)
-    return _entmax(x, alpha=alpha) if p is None else p
+    return _entmax(torch.where(keep, (delta + beta * length**gamma) * below_peak(x), -math.inf), alpha=alpha)
 
 
 #: of what beta is drawn from

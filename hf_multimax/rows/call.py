@@ -13,7 +13,7 @@ __all__ = ["KINDS", "MAX_ORDER", "STATS", "TYPES", "RowCall", "items_of", "run"]
 #: ``Kind`` of rows.h, in its order
 KINDS = (
     "multimax", "softmax", "scalable_softmax", "adaptive_temperature", "sparsemax", "entmax15", "entmax", "rsoftmax",
-    "tsoftmax", "evsoftmax", "topk_softmax", "fusedmax", "oscarmax", "softmax1", "sigmoid",
+    "tsoftmax", "evsoftmax", "topk_softmax", "fusedmax", "oscarmax", "softmax1", "sigmoid", "asentmax",
 )  # fmt: skip
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_ORDER = 16
@@ -22,8 +22,8 @@ STATS = 6
 #: scores that a thread takes at a time, and below which one thread is faster than several
 ITEM, SEVERAL_THREADS = 1 << 13, 1 << 15
 _POINTERS = (
-    "x", "mask", "out", "p", "stats", "groups", "value", "ranges", "ts", "affine", "grad", "grad_x", "grad_value",
-    "sums",
+    "x", "mask", "out", "p", "stats", "groups", "value", "beta", "gamma", "ranges", "ts", "affine", "grad", "grad_x",
+    "grad_value", "grad_beta", "grad_gamma", "sums",
 )  # fmt: skip
 _PACKED = struct.Struct(f"={len(_POINTERS) + 15}q2d")
 
@@ -34,6 +34,7 @@ class RowCall(NamedTuple):
     Attributes:
         x: contiguous scores ``[..., n]`` of float32, bfloat16 or float16.
         value: an option of every row, float32 ``[rows]``, in place of the number ``a``.
+        beta, gamma: asentmax's, alike.
         ranges, ts: float32 ``[2N]`` or ``[heads, 2N]``, heads being the third dimension of ``x`` from the right.
         affine: float32 ``[2]`` or ``[heads, 2]``.
         mask: boolean, shaped like ``x``, True = keep.
@@ -43,6 +44,8 @@ class RowCall(NamedTuple):
 
     x: Tensor
     value: Tensor | None = None
+    beta: Tensor | None = None
+    gamma: Tensor | None = None
     ranges: Tensor | None = None
     ts: Tensor | None = None
     affine: Tensor | None = None
@@ -53,7 +56,7 @@ class RowCall(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The fields that are tensors."""
-        return dict(zip(self._fields[:6], self))
+        return dict(zip(self._fields[:8], self))
 
 
 class Items(NamedTuple):

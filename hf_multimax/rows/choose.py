@@ -20,12 +20,15 @@ class RowFunction(NamedTuple):
         kind: its name, one of ``KINDS``.
         a, b: options that are numbers.
         value: in place of ``a``, a tensor that broadcasts to the scores with size 1 in the dimension of the rows.
+        beta, gamma: asentmax's, such tensors or numbers.
     """
 
     kind: str
     a: float = 0.0
     b: float = 0.0
     value: Tensor | None = None
+    beta: float | Tensor | None = None
+    gamma: float | Tensor | None = None
 
 
 def compiled_rows(function: RowFunction, x: Tensor, dim: int, mask: Tensor | None) -> Tensor | None:
@@ -34,18 +37,14 @@ def compiled_rows(function: RowFunction, x: Tensor, dim: int, mask: Tensor | Non
     That is: on other devices and in float64, under ``backend("eager")`` or ``backend("tiled")``, where ``torch.func``
     transforms or forward derivatives are taken, in what is exported, and where the extension cannot be built.
     """
-    if not _runs(x, function.value):
+    options = (function.value, function.beta, function.gamma)
+    if not _runs(x, *(option for option in options if isinstance(option, Tensor))):
         return None
-    value = function.value
     last = dim in (-1, x.ndim - 1)
     rows = (x if last else x.movedim(dim, -1)).contiguous()
-    if value is not None:
-        value = value.to(torch.float32)
-        if value.ndim:
-            value = value.reshape((1,) * (x.ndim - value.ndim) + value.shape).movedim(dim, -1)
-        value = value.expand(*rows.shape[:-1], 1).reshape(-1).contiguous()
+    value, beta, gamma = (None if option is None else _of_rows(option, x, dim, rows) for option in options)
     kind, a, b = KINDS.index(function.kind), float(function.a), float(function.b)
-    p = compute(RowCall(rows, value, mask=_mask(x, dim, mask), kind=kind, a=a, b=b))
+    p = compute(RowCall(rows, value, beta, gamma, mask=_mask(x, dim, mask), kind=kind, a=a, b=b))
     return p if last else p.movedim(-1, dim)
 
 
@@ -69,7 +68,7 @@ def compiled_multimax(
     elif heads and pair is not None and pair.ndim == 1:
         pair = pair.expand(heads[0].shape[0], -1).contiguous()
     rows = (x if last else x.movedim(dim, -1)).contiguous()
-    p = compute(RowCall(rows, None, ranges, ts, pair, _mask(x, dim, mask)))
+    p = compute(RowCall(rows, ranges=ranges, ts=ts, affine=pair, mask=_mask(x, dim, mask)))
     return p if last else p.movedim(-1, dim)
 
 
@@ -94,6 +93,16 @@ def _chosen() -> bool:
 @torch.compiler.assume_constant_result
 def _is_available() -> bool:
     return load()[0] is not None
+
+
+def _of_rows(option: float | Tensor, x: Tensor, dim: int, rows: Tensor) -> Tensor:
+    """An option of the scores ``x`` as one number for each of their rows."""
+    if not isinstance(option, Tensor):
+        return torch.full((rows.shape[:-1].numel(),), float(option), device=rows.device)
+    option = option.to(torch.float32)
+    if option.ndim:
+        option = option.reshape((1,) * (x.ndim - option.ndim) + option.shape).movedim(dim, -1)
+    return option.expand(*rows.shape[:-1], 1).reshape(-1).contiguous()
 
 
 def _mask(x: Tensor, dim: int, mask: Tensor | None) -> Tensor | None:

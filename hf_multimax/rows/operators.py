@@ -16,13 +16,17 @@ from hf_multimax.rows.call import KINDS, STATS, RowCall, items_of, run
 __all__ = ["compute"]
 
 #: the fields of a call that have gradients are its first
-_DIFFERENTIABLE = 5
+_DIFFERENTIABLE = 7
 _STRUCTURED = {KINDS.index(name) for name in ("fusedmax", "oscarmax")}
-_NEED_STATS = {KINDS.index(name) for name in ("scalable_softmax", "adaptive_temperature", "rsoftmax", "tsoftmax")}
-#: what the backward pass computes from the scores, too; with a gradient for ``value`` all do
+_NEED_STATS = {
+    KINDS.index(name) for name in ("scalable_softmax", "adaptive_temperature", "rsoftmax", "tsoftmax", "asentmax")
+}
+#: what the backward pass computes from the scores, too; with a gradient for one of the rows' options all do
 _NEED_SCORES = {KINDS.index(name) for name in ("multimax", "adaptive_temperature", "rsoftmax", "tsoftmax", "oscarmax")}
 #: what the backward pass gets: of the forward pass, then of the call
-_SAVED = "Tensor p, Tensor? stats, Tensor? groups, Tensor? x, Tensor? value, Tensor? ranges, Tensor? ts, Tensor? affine"
+_SAVED = "Tensor p, Tensor? stats, Tensor? groups, Tensor? x, " + ", ".join(
+    f"Tensor? {name}" for name in RowCall._fields[1:_DIFFERENTIABLE]
+)
 
 
 def compute(call: RowCall) -> Tensor:
@@ -72,6 +76,8 @@ def _gradients(
     groups: Tensor | None,
     x: Tensor | None,
     value: Tensor | None,
+    beta: Tensor | None,
+    gamma: Tensor | None,
     ranges: Tensor | None,
     ts: Tensor | None,
     affine: Tensor | None,
@@ -83,20 +89,21 @@ def _gradients(
     """The gradients of the differentiable inputs, None for those that need none."""
     grad = grad.contiguous()
     grad_x = torch.empty_like(grad)
-    grad_value = torch.empty_like(value) if value is not None and needed[1] else None
-    given = {"stats": stats, "groups": groups, "x": x, "value": value, "ranges": ranges, "ts": ts, "affine": affine}
-    given |= {"p": p, "grad": grad, "grad_x": grad_x, "grad_value": grad_value}
-    if ranges is None or not any(needed[2:]):
+    options = [t.new_empty(t.shape) if wanted else None for t, wanted in zip((value, beta, gamma), needed[1:])]
+    given = {"stats": stats, "groups": groups, "x": x, "value": value, "beta": beta, "gamma": gamma}
+    given |= {"ranges": ranges, "ts": ts, "affine": affine, "p": p, "grad": grad, "grad_x": grad_x}
+    given |= zip(("grad_value", "grad_beta", "grad_gamma"), options)
+    if ranges is None or not any(needed[4:]):
         run("backward", grad, kind, a, b, **given)
-        return [grad_x if needed[0] else None, grad_value, None, None, None]
+        return [grad_x if needed[0] else None, *options, None, None, None]
     heads, size = (ranges.shape[0] if ranges.ndim == 2 else 0), ranges.shape[-1]
     sums = grad.new_zeros((items_of(grad.shape, heads).items, 2 * size + 2), dtype=torch.float64)
     run("backward", grad, kind, a, b, **given, sums=sums)
     by_head = sums.view(grad.shape[:-3].numel(), heads, -1, 2 * size + 2).sum((0, 2)) if heads else sums.sum(0)
     parts = by_head.to(torch.float32).split((size, size, 2), -1)
     # apart, as what an operator returns must not share memory
-    scalars = [part.clone() if wanted else None for part, wanted in zip(parts, needed[2:])]
-    return [grad_x if needed[0] else None, None, *scalars]
+    scalars = [part.clone() if wanted else None for part, wanted in zip(parts, needed[4:])]
+    return [grad_x if needed[0] else None, *options, *scalars]
 
 
 def _fake_backward(grad, p, stats, groups, *rest):
@@ -107,7 +114,7 @@ def _fake_backward(grad, p, stats, groups, *rest):
 def _save(ctx, inputs, output) -> None:
     call, (out, p, stats, groups) = RowCall(*inputs), output
     ctx.options = call.kind, call.a, call.b
-    scores = call.kind in _NEED_SCORES or ctx.needs_input_grad[1]
+    scores = call.kind in _NEED_SCORES or any(ctx.needs_input_grad[1:4])
     p = out if out.dtype == torch.float32 else p
     ctx.save_for_backward(p, stats, groups, call.x if scores else None, *call[1:_DIFFERENTIABLE])
 
