@@ -1,9 +1,10 @@
 """What every normalizer costs against SoftMax, and how many exact zeros it gives on the same trained scores.
 
-    python -m benchmarks.normalizers [--device cuda] [--threads 1] [--budget 2] [--full]
+    python -m benchmarks.normalizers [--device cuda] [--threads 1] [--budget 1] [--full]
 
-Times are of a batch of rows of length 128, 512 and 2048, float32, forward and forward + backward, as ratios to
-``torch.softmax`` measured in turn with it. The zeros are counted on the scores of a small byte-level GPT-2, trained
+Times are of a batch of rows of length 64 to 8,192, float32, forward and forward + backward, as ratios to
+``torch.softmax`` measured in turn with it; so are those of plain PyTorch, at one length, and of the ``entmax`` package,
+where it has the function. The zeros are counted on the scores of a small byte-level GPT-2, trained
 with SoftMax on the Python documentation that every interpreter carries, under its causal mask.
 """
 
@@ -12,15 +13,18 @@ import pydoc_data.topics
 from collections.abc import Callable
 from typing import Any
 
+import entmax
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.common import paired_timing, write_results
 from benchmarks.tables import table
-from hf_multimax import normalize, patch_model, register_normalizer
+from hf_multimax import backend, normalize, patch_model, register_normalizer
 
-LENGTHS = (128, 512, 2048)
+LENGTHS = (64, 256, 1024, 8192)
+#: where plain PyTorch is timed, too
+PLAIN_LENGTH = 1024
 #: name -> options; what is not named runs with its defaults.
 CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "multimax": ("multimax", {}),
@@ -28,6 +32,7 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsemax": ("sparsemax", {}),
     "entmax15": ("entmax15", {}),
     "entmax, alpha 1.25": ("entmax", {"alpha": 1.25}),
+    "entmax, alpha learned": ("entmax", {"alpha": torch.tensor(1.25)}),
     "fusedmax": ("fusedmax", {}),
     "oscarmax": ("oscarmax", {}),
     "rsoftmax, 0.5": ("rsoftmax", {}),
@@ -36,13 +41,24 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "evsoftmax": ("evsoftmax", {}),
     "topk_softmax, k 32": ("topk_softmax", {"k": 32}),
     "scalable_softmax": ("scalable_softmax", {}),
+    "asentmax": ("asentmax", {}),
+    "softpick": ("softpick", {}),
+    "softmax1": ("softmax1", {}),
+    "sigmoid": ("sigmoid", {}),
+}
+#: the same in the entmax package
+PACKAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparsemax": lambda x: entmax.sparsemax(x, dim=-1),
+    "entmax15": lambda x: entmax.entmax15(x, dim=-1),
+    "entmax, alpha 1.25": lambda x: entmax.entmax_bisect(x, alpha=1.25, dim=-1),
+    "entmax, alpha learned": lambda x: entmax.entmax_bisect(x, alpha=torch.tensor(1.25, requires_grad=True), dim=-1),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds per normalizer, length and direction")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds per normalizer, length and direction")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--full", action="store_true", help="2^22 scores per call instead of 2^18")
     parser.add_argument("--steps", type=int, default=150, help="training steps of the model whose scores are used")
@@ -54,7 +70,7 @@ def main() -> None:
     for label, (name, options) in CANDIDATES.items():
         row: dict[str, object] = {"normalizer": label}
         for n in LENGTHS:
-            row.update(timings(name, options, size // n, n, arguments.device, arguments.budget))
+            row.update(timings(label, name, options, size // n, n, arguments.device, arguments.budget))
         row["zeros %"] = 100 * zeros[label]
         rows.append(row)
         print(table([row]), flush=True)
@@ -67,13 +83,18 @@ def main() -> None:
     print(f"for the zeros, {arguments.steps} steps of training. Written to {path.name}.")
 
 
-def timings(name: str, options: dict[str, Any], rows: int, n: int, device: str, budget_s: float) -> dict[str, float]:
-    """Ratios to ``torch.softmax`` of one normalizer at one length."""
+def timings(
+    label: str, name: str, options: dict[str, Any], rows: int, n: int, device: str, budget_s: float
+) -> dict[str, float]:
+    """Ratios to ``torch.softmax`` of one normalizer at one length, and of what else computes it."""
     torch.manual_seed(0)
     x = (3 * torch.randn(rows, n)).to(device)
     grad = torch.randn(rows, n).to(device)
     if name == "multimax":
         options = {key: torch.full((4,), 0.1, device=device, requires_grad=True) for key in ("ranges", "ts")}
+
+    if label == "entmax, alpha learned":
+        options = {"alpha": options["alpha"].to(device).requires_grad_()}
 
     def own(scores: Tensor) -> Tensor:
         return normalize(name, scores, **options)
@@ -81,12 +102,24 @@ def timings(name: str, options: dict[str, Any], rows: int, n: int, device: str, 
     def softmax(scores: Tensor) -> Tensor:
         return scores.softmax(-1)
 
+    def plain(scores: Tensor) -> Tensor:
+        with backend("eager"):
+            return own(scores)
+
+    functions = {"own": own, "softmax": softmax}
+    if label in PACKAGE:
+        functions["package"] = PACKAGE[label]
+    if n == PLAIN_LENGTH:
+        functions["plain"] = plain
     result = {}
     for suffix, wrap in (("fwd", _forward), ("fwd+bwd", _backward)):
-        candidates = {"own": wrap(own, x, grad), "softmax": wrap(softmax, x, grad)}
+        candidates = {key: wrap(function, x, grad) for key, function in functions.items()}
         timed = paired_timing(candidates, device=device, budget_s=budget_s, min_rounds=3, warmup=1)
         result[f"{n} {suffix}"] = timed["own"].ratio(timed["softmax"])
         result[f"{n} {suffix} ms"] = 1e3 * timed["own"].median
+        for other in ("package", "plain"):
+            if other in timed:
+                result[f"{n} {suffix} {other}"] = timed[other].ratio(timed["softmax"])
     return result
 
 

@@ -145,15 +145,24 @@ def normalizers() -> str:
     """Multiples of ``torch.softmax``, and exact zeros."""
     rows = _rows("normalizers", "cpu")
     lengths = [name.removesuffix(" fwd") for name in rows[0] if name.endswith(" fwd")]
+    shown = next(name.split()[0] for name in rows[0] if name.endswith(" plain"))
+
+    def both(row: Row, n: str, which: str = "") -> str:
+        cells = [row.get(f"{n} {suffix}{which}") for suffix in ("fwd", "fwd+bwd")]
+        return "-" if None in cells else " / ".join(f"{cell:.1f}" if cell < 10 else f"{cell:.0f}" for cell in cells)
+
+    others = {"plain PyTorch": " plain", "`entmax` package": " package"}
     lines = [
         [
             row["normalizer"],
-            *(f"{row[f'{n} fwd']:.0f} / {row[f'{n} fwd+bwd']:.0f}" for n in lengths),
+            *(both(row, n) for n in lengths),
+            *(both(row, shown, which) for which in others.values()),
             f"{row['zeros %']:.0f}",
         ]
         for row in rows
     ]
-    return _table(["", *(f"N = {n}" for n in lengths), "zeros, %"], lines)
+    titles = [*(f"N = {int(n):,}" for n in lengths), *(f"{name}, N = {int(shown):,}" for name in others), "zeros, %"]
+    return _table(["", *titles], lines)
 
 
 def scalar_start() -> str:

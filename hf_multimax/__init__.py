@@ -27,6 +27,7 @@ from hf_multimax.version import __version__
 __all__ = [
     "Learned",
     "Option",
+    "NormalizerAnnealing",
     "SparsityAnnealing",
     "build_normalizer",
     "registered_normalizers",
@@ -70,6 +71,7 @@ _LAZY = {
     "MultiMaxSeq2SeqTrainingArguments": "training",
     "MultiMaxTrainer": "training",
     "MultiMaxTrainingArguments": "training",
+    "NormalizerAnnealing": "normalizers.annealing",
     "SparsityAnnealing": "normalizers.annealing",
     "parameter_groups": "training",
     "push": "publishing.hub",

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
+from hf_multimax.rows.choose import compiled_multimax
+
 __all__ = ["compute_dtype", "masked_softmax", "modulate", "multimax"]
 
 Affine = tuple[Tensor, Tensor]
@@ -84,6 +86,10 @@ def multimax(
         [0.818, 0.182, 0.0]
     """
     dtype = compute_dtype(_checked(x, ranges, ts, affine))
+    if mask is None or mask.dtype == torch.bool:
+        p = compiled_multimax(x, ranges, ts, dim, mask, affine)
+        if p is not None:
+            return p
     return masked_softmax(_modulate(x.to(dtype), ranges, ts, affine), dim, mask).to(x.dtype)
 
 

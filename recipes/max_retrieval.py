@@ -46,6 +46,10 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "topk_softmax, k 4": {"normalizer": "topk_softmax", "normalizer_kwargs": {"k": 4}},
     "scalable_softmax": {"normalizer": "scalable_softmax"},
     "adaptive_temperature": {"normalizer": "adaptive_temperature"},
+    "asentmax": {"normalizer": "asentmax"},
+    "softpick": {"normalizer": "softpick"},
+    "softmax1": {"normalizer": "softmax1"},
+    "sigmoid": {"normalizer": "sigmoid"},
 }
 #: Functions that act on a model trained with another one.
 ON_TOP_OF = {"adaptive_temperature": "softmax"}

@@ -93,7 +93,7 @@ def test_every_python_block_runs(tmp_path):
 
 
 #: Public names whose use is on the pages: it needs a Hub, several processes, a Trainer, or a folder of results.
-NO_EXAMPLE = {"Option", "Learned", "Normalizer", "SparsityAnnealing", "push", "shard_modulators"}
+NO_EXAMPLE = {"Option", "Learned", "Normalizer", "NormalizerAnnealing", "SparsityAnnealing", "push", "shard_modulators"}
 
 
 def public_objects() -> dict[str, object]:

@@ -309,6 +309,8 @@ extern "C" int multimax_forward(const void*) {
   return int(seen.size());
 }
 extern "C" void multimax_backward(const void*) {}
+extern "C" void multimax_rows_forward(const void*) {}
+extern "C" void multimax_rows_backward(const void*) {}
 """
 
 

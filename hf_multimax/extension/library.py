@@ -144,7 +144,8 @@ def open_library(path: Path) -> ctypes.CDLL:
     """
     library = ctypes.CDLL(str(path))
     try:
-        for function in (library.multimax_forward, library.multimax_backward):
+        names = ("forward", "backward", "rows_forward", "rows_backward")
+        for function in (getattr(library, f"multimax_{name}") for name in names):
             function.argtypes, function.restype = [ctypes.c_char_p], None
     except AttributeError as error:
         raise BuildError(f"the library lacks a function: {error}") from error

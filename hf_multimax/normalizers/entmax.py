@@ -10,12 +10,24 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from hf_multimax.normalizers.options import flag, is_number, logit, one_plus_sigmoid
+from hf_multimax.normalizers.options import (
+    below_peak,
+    flag,
+    init,
+    is_number,
+    logit,
+    of_value,
+    one_plus_share,
+    one_plus_sigmoid,
+    same,
+    start_at_zero,
+)
 from hf_multimax.normalizers.registry import Learned, Option, register_normalizer, rowwise
+from hf_multimax.rows.choose import RowFunction
 
 __all__ = ["entmax_package"]
 
@@ -29,20 +41,51 @@ def entmax_package(normalizer: str) -> ModuleType:
     return entmax
 
 
-@rowwise
+@rowwise(compiled=lambda: RowFunction("sparsemax"))
 def _sparsemax(x: Tensor, keep: Tensor) -> Tensor:
     return entmax_package("sparsemax").sparsemax(x, dim=-1)
 
 
-@rowwise
+@rowwise(compiled=lambda: RowFunction("entmax15"))
 def _entmax15(x: Tensor, keep: Tensor) -> Tensor:
     return entmax_package("entmax15").entmax15(x, dim=-1)
 
 
-@rowwise
+@rowwise(compiled=lambda alpha=1.5: of_value("entmax", alpha))
 def _entmax(x: Tensor, keep: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
     alpha = torch.as_tensor(alpha, dtype=x.dtype, device=x.device)
     return _Entmax.apply(x, alpha.expand(*x.shape[:-1], 1))
+
+
+def _compiled_asentmax(
+    alpha: float | Tensor = 1.5,
+    beta: float | Tensor | None = None,
+    gamma: float | Tensor | None = None,
+    delta: float = 1.0,
+) -> RowFunction | None:
+    chosen = of_value("asentmax", alpha, delta)
+    if chosen is None:
+        return None
+    return chosen._replace(beta=_MEAN_BETA if beta is None else beta, gamma=0.0 if gamma is None else gamma)
+
+
+@rowwise(compiled=_compiled_asentmax)
+def _asentmax(
+    x: Tensor,
+    keep: Tensor,
+    alpha: float | Tensor = 1.5,
+    beta: float | Tensor | None = None,
+    gamma: float | Tensor | None = None,
+    delta: float = 1.0,
+) -> Tensor:
+    beta, gamma = _MEAN_BETA if beta is None else beta, 0.0 if gamma is None else gamma
+    # n + 1 is the authors' "position + 2" under a causal mask, whose logarithm is no less than log 2
+    length = (keep.sum(-1, keepdim=True) + 1).to(x.dtype).log()
+    return _entmax(torch.where(keep, (delta + beta * length**gamma) * below_peak(x), -math.inf), alpha=alpha)
+
+
+#: of what beta is drawn from
+_MEAN_BETA = 0.55
 
 
 class _Entmax(Function):
@@ -173,6 +216,19 @@ def _expm1_minus_u_over(u: Tensor) -> Tensor:
     return torch.where(small, series, (torch.expm1(u) - u) / torch.where(small, 1.0, u).square())
 
 
+_LEARNED_ALPHA = Learned(one_plus_sigmoid, functools.partial(logit, "alpha", least=1.0))
+_IDENTITY_ALPHA = Learned(one_plus_share, start_at_zero)
+
+
+def _drawn(help: str, how: str) -> Option:
+    return Option(
+        None,
+        f"{help}; null is drawn for each head, {how}",
+        "a number, or null",
+        lambda value: value is None or is_number(value),
+    )
+
+
 register_normalizer(
     "sparsemax",
     _sparsemax,
@@ -193,6 +249,36 @@ register_normalizer(
             1.5, "1 is SoftMax, 2 is sparsemax", "a number >= 1", lambda value: is_number(value) and value >= 1
         ),
         "learn": flag("learn alpha = 1 + sigmoid(a), starting where alpha says"),
+        "init": init(),
     },
-    learned={"alpha": Learned(one_plus_sigmoid, functools.partial(logit, "alpha", least=1.0))},
+    learned={"alpha": _LEARNED_ALPHA},
+    identity={"alpha": _IDENTITY_ALPHA},
+)
+register_normalizer(
+    "asentmax",
+    _asentmax,
+    citation="Vasylenko, Pitorro, Martins, Treviso. Long-Context Generalization with Sparse Attention. ICLR 2026. "
+    "arXiv:2506.16640.",
+    options={
+        "alpha": Option(1.5, "of the entmax", "a number >= 1", lambda value: is_number(value) and value >= 1),
+        "beta": _drawn(
+            "scores are multiplied by delta + beta log(unmasked entries + 1) ** gamma",
+            "evenly in 0.1 .. 1, and 0.55 in normalize",
+        ),
+        "gamma": _drawn("see beta", "normally with a deviation of 0.1, and 0 in normalize"),
+        "delta": Option(1.0, "see beta", "a number", is_number),
+        "learn": flag("learn alpha, too, as entmax does"),
+        "init": init(),
+    },
+    learned={
+        "beta": Learned(same, float, always=True, draw=functools.partial(nn.init.uniform_, a=0.1, b=1.0)),
+        "gamma": Learned(same, float, always=True, draw=functools.partial(nn.init.normal_, std=0.1)),
+        "alpha": _LEARNED_ALPHA,
+    },
+    per_head=True,
+    identity={
+        "beta": Learned(same, start_at_zero),
+        "gamma": Learned(same, start_at_zero),
+        "alpha": _IDENTITY_ALPHA,
+    },
 )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.functional import compute_dtype
 from hf_multimax.normalizers.base import Normalizer
+from hf_multimax.rows.choose import RowFunction, compiled_rows
 
 __all__ = [
     "REQUIRED",
@@ -67,11 +68,13 @@ class Learned:
         value: the option's value from the parameter.
         raw: the parameter from an initial value (a number); raises ValueError where that cannot be reached.
         always: whether it is learned without being asked for by ``learn=True``.
+        draw: fills the parameter where the initial value is None.
     """
 
     value: Callable[[Tensor], Tensor]
     raw: Callable[[float], float]
     always: bool = False
+    draw: Callable[[Tensor], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,10 @@ class NormalizerSpec:
         options: its keywords, by name.
         learned: which of them a patched model can learn.
         per_head: whether its parameters are one per head even where the config does not ask for it.
+        identity: what is learned instead with the option ``init="identity"``, and from where on, so that a patched
+            model starts as SoftMax; ``raw`` ignores the option's value.
+        identity_options: the other options' values then.
+        takes_training: whether the function takes ``training``.
     """
 
     name: str
@@ -99,6 +106,12 @@ class NormalizerSpec:
     options: Mapping[str, Option] = field(default_factory=dict)
     learned: Mapping[str, Learned] = field(default_factory=dict)
     per_head: bool = False
+    identity: Mapping[str, Learned] = field(default_factory=dict)
+    identity_options: Mapping[str, Any] = field(default_factory=dict)
+    takes_training: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "takes_training", _takes_training(self.function))  # asked for at every call
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """``given`` with the defaults of the other options.
@@ -133,6 +146,8 @@ def register_normalizer(
     options: Mapping[str, Option] | None = None,
     learned: Mapping[str, Learned] | None = None,
     per_head: bool = False,
+    identity: Mapping[str, Learned] | None = None,
+    identity_options: Mapping[str, Any] | None = None,
 ) -> NormalizerSpec:
     """Make a normalizer available to ``patch_model`` and ``normalize``; see :class:`NormalizerSpec` for the arguments.
 
@@ -164,6 +179,8 @@ def register_normalizer(
         found if options is None else options,
         learned or {},
         per_head,
+        identity or {},
+        identity_options or {},
     )
     return _REGISTRY[name]
 
@@ -220,7 +237,9 @@ def normalize(
     options = spec.complete(options)
     if options.pop("learn", False):
         raise ValueError(f"learn=True is for patched models; give normalize({name!r}, ...) a tensor that needs a grad")
-    if _takes_training(spec.function):
+    if spec.identity and options.pop("init") == "identity":
+        raise ValueError(f"init='identity' is where patched models start; give normalize({name!r}, ...) the options")
+    if spec.takes_training:
         options["training"] = training
     return spec.function(x, dim=dim, mask=mask, **options)
 
@@ -236,12 +255,17 @@ def build_normalizer(config: MultiMaxConfig, num_heads: int | None) -> Normalize
     return get_normalizer(config.normalizer).module(config, num_heads)
 
 
-def rowwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def rowwise(
+    function: Callable[..., Tensor] | None = None, *, compiled: Callable[..., RowFunction | None] | None = None
+) -> Callable[..., Any]:
     """Make a normalizer function of ``function(x, keep, **options)``, which sees nothing but rows worth normalizing.
 
     ``function`` works along the last dimension of ``x``, float32 or float64, minus infinity where the boolean ``keep``
     is False, with at least one entry kept in every row; what it returns for other entries is ignored. Options may be
     tensors that broadcast to ``x`` with size 1 in the last dimension. It may take ``training``.
+
+    ``@rowwise(compiled=...)`` has a compiled function run instead where it can: ``compiled(**options)``, with
+    ``training`` where the function takes it, returns that, or None for options that it does not know.
 
     Returns:
         ``(x, dim=-1, mask=None, training=False, **options)``, as :func:`register_normalizer` takes it: any dimension
@@ -254,6 +278,8 @@ def rowwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         >>> squared(torch.zeros(4), mask=torch.tensor([True, True, False, False])).tolist()
         [0.5, 0.5, 0.0, 0.0]
     """
+    if function is None:
+        return functools.partial(rowwise, compiled=compiled)
     takes_training = _takes_training(function)
 
     @functools.wraps(function)
@@ -268,6 +294,10 @@ def rowwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return torch.zeros_like(x)
         if takes_training:
             options["training"] = training
+        chosen = None if compiled is None else compiled(**options)
+        p = None if chosen is None else compiled_rows(chosen, x, dim, mask)
+        if p is not None:
+            return p
         scores = x.to(compute_dtype(x.dtype)).movedim(dim, -1)
         keep = ~(scores <= torch.finfo(scores.dtype).min / 2)  # true for NaN, which is not to vanish
         if mask is not None:
@@ -299,6 +329,7 @@ class FunctionNormalizer(Normalizer):
         options: all its options; those learned give the initial values.
         learned: the options that are parameters.
         num_heads: None for one value, or the number of heads for one each; scores are then ``[..., heads, q, k]``.
+        share: how much of the result is the function's, in [0, 1]; the rest is SoftMax's.
     """
 
     def __init__(
@@ -307,11 +338,17 @@ class FunctionNormalizer(Normalizer):
         options: Mapping[str, Any],
         learned: Mapping[str, Learned] | None = None,
         num_heads: int | None = None,
+        share: float = 1.0,
     ) -> None:
         super().__init__()
+        self.share = share
         self.name, self.options, self.learned = name, dict(options), dict(learned or {})
-        self._initial = {option: rule.raw(self.options.pop(option)) for option, rule in self.learned.items()}
-        self._takes_training = _takes_training(get_normalizer(name).function)
+        given = {option: self.options.pop(option) for option in self.learned}
+        self._initial = {
+            option: rule.draw if given[option] is None and rule.draw else rule.raw(given[option])
+            for option, rule in self.learned.items()
+        }
+        self._takes_training = get_normalizer(name).takes_training
         shape = () if num_heads is None else (num_heads,)
         for option in self.learned:
             self.register_parameter(option, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
@@ -320,7 +357,8 @@ class FunctionNormalizer(Normalizer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for name, initial in self._initial.items():
-            self.get_parameter(name).fill_(initial)
+            parameter = self.get_parameter(name)
+            initial(parameter) if callable(initial) else parameter.fill_(initial)
 
     def values(self) -> dict[str, Any]:
         """Every option's present value: numbers, and for a learned one a tensor ``[]`` or ``[num_heads]``."""
@@ -333,10 +371,14 @@ class FunctionNormalizer(Normalizer):
         }
         if self._takes_training:
             options["training"] = self.training
-        return get_normalizer(self.name).function(x, dim=dim, mask=mask, **options)
+        p = get_normalizer(self.name).function(x, dim=dim, mask=mask, **options)
+        if self.share == 1.0:
+            return p
+        return torch.lerp(get_normalizer("softmax").function(x, dim=dim, mask=mask), p, self.share)
 
     def extra_repr(self) -> str:
         fixed = [f"{option}={value}" for option, value in self.options.items()]
+        fixed += [] if self.share == 1.0 else [f"share={self.share:g}"]
         return ", ".join([self.name, *fixed, *(f"learned {option}" for option in self.learned)])
 
 
@@ -344,10 +386,17 @@ def _build_from_function(name: str, config: MultiMaxConfig, num_heads: int | Non
     """The module of a normalizer that has none of its own."""
     spec = get_normalizer(name)
     try:
-        options = spec.complete(config.normalizer_kwargs)
+        given = dict(config.normalizer_kwargs)
+        share = 1.0 if "share" in spec.options else given.pop("share", 1.0)
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"share of the normalizer {name!r} must be a number in [0, 1], got {share!r}")
+        options = spec.complete(given)
         learn = options.pop("learn", False)
         learned = {option: rule for option, rule in spec.learned.items() if learn or rule.always}
-        return FunctionNormalizer(name, options, learned, num_heads)
+        if spec.identity and options.pop("init") == "identity":
+            learned = dict(spec.identity)
+            options.update(spec.identity_options)
+        return FunctionNormalizer(name, options, learned, num_heads, float(share))
     except (TypeError, ValueError) as error:
         raise ValueError(f"MultiMaxConfig.normalizer_kwargs: {error}") from error
 

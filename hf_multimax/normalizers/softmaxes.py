@@ -13,10 +13,23 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from hf_multimax.config import MultiMaxConfig
-from hf_multimax.functional import multimax
+from hf_multimax.functional import masked_softmax, multimax
 from hf_multimax.normalizers.base import MultiMax, Normalizer
-from hf_multimax.normalizers.options import below_peak, flag, is_number, logit, positive, same
+from hf_multimax.normalizers.options import (
+    below_peak,
+    flag,
+    init,
+    is_number,
+    logit,
+    non_negative,
+    of_numbers,
+    of_value,
+    positive,
+    same,
+    start_at_zero,
+)
 from hf_multimax.normalizers.registry import REQUIRED, Learned, Option, get_normalizer, register_normalizer, rowwise
+from hf_multimax.rows.choose import RowFunction, compiled_rows
 
 __all__ = ["SoftMax"]
 
@@ -42,11 +55,16 @@ class SoftMax(Normalizer):
     def modulate(self, x: Tensor) -> Tensor:
         return x if self.temperature == 1.0 else x / self.temperature
 
+    def normalize(self, x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+        boolean = mask is None or mask.dtype == torch.bool
+        p = compiled_rows(RowFunction("softmax", 1.0), x, dim, mask) if boolean else None
+        return masked_softmax(x, dim, mask) if p is None else p
+
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
 
 
-@rowwise
+@rowwise(compiled=lambda temperature=1.0: of_numbers("softmax", temperature))
 def _softmax(x: Tensor, keep: Tensor, temperature: float = 1.0) -> Tensor:
     return (x if temperature == 1.0 else below_peak(x) / temperature).softmax(-1)
 
@@ -84,13 +102,13 @@ def _multimax_module(config: MultiMaxConfig, num_heads: int | None) -> MultiMax:
     return MultiMax(config.order, num_heads, config.init, config.init_std, config.affine)
 
 
-@rowwise
+@rowwise(compiled=lambda sparsity=0.5: of_value("rsoftmax", sparsity))
 def _rsoftmax(x: Tensor, keep: Tensor, sparsity: float | Tensor = 0.5) -> Tensor:
     z = x.detach() - x.detach().amax(-1, keepdim=True)
     return _weighted_softmax(x, _sparsity_threshold(z, keep, sparsity))
 
 
-@rowwise
+@rowwise(compiled=lambda t: of_value("tsoftmax", t))
 def _tsoftmax(x: Tensor, keep: Tensor, t: float | Tensor) -> Tensor:
     return _weighted_softmax(x, t)
 
@@ -127,7 +145,11 @@ def _sparsity_threshold(z: Tensor, keep: Tensor, sparsity: float | Tensor) -> Te
     return -(below + (position - index) * (above - below)) + _THRESHOLD_SHIFT * (count / count)
 
 
-@rowwise
+def _compiled_adaptive_temperature(apply_in_training: bool = False, training: bool = False) -> RowFunction:
+    return RowFunction("adaptive_temperature", b=float(training and not apply_in_training))
+
+
+@rowwise(compiled=_compiled_adaptive_temperature)
 def _adaptive_temperature(x: Tensor, keep: Tensor, apply_in_training: bool = False, training: bool = False) -> Tensor:
     p = x.softmax(-1)
     if training and not apply_in_training:
@@ -140,7 +162,7 @@ def _adaptive_temperature(x: Tensor, keep: Tensor, apply_in_training: bool = Fal
     return _scaled_softmax(x, keep, beta)
 
 
-@rowwise
+@rowwise(compiled=lambda training=False: RowFunction("evsoftmax", b=float(training)))
 def _evsoftmax(x: Tensor, keep: Tensor, training: bool = False) -> Tensor:
     z = (x - x.amax(-1, keepdim=True)).detach()
     mean = torch.where(keep, z, 0.0).sum(-1, keepdim=True) / keep.sum(-1, keepdim=True)
@@ -148,7 +170,7 @@ def _evsoftmax(x: Tensor, keep: Tensor, training: bool = False) -> Tensor:
     return torch.where(likely, x, x + math.log(_EV_TRAINING_FACTOR) if training else -math.inf).softmax(-1)
 
 
-@rowwise
+@rowwise(compiled=lambda k: of_numbers("topk_softmax", k))
 def _topk_softmax(x: Tensor, keep: Tensor, k: int) -> Tensor:
     if k >= x.shape[-1]:
         return x.softmax(-1)
@@ -159,9 +181,13 @@ def _topk_softmax(x: Tensor, keep: Tensor, k: int) -> Tensor:
     return torch.where(chosen, x, -math.inf).softmax(-1)
 
 
-@rowwise
-def _scalable_softmax(x: Tensor, keep: Tensor, s: float | Tensor = 0.43) -> Tensor:
-    return _scaled_softmax(x, keep, s * keep.sum(-1, keepdim=True).to(x.dtype).log())
+def _compiled_scalable_softmax(s: float | Tensor = 0.43, base: float = 0.0) -> RowFunction | None:
+    return of_value("scalable_softmax", s, base)
+
+
+@rowwise(compiled=_compiled_scalable_softmax)
+def _scalable_softmax(x: Tensor, keep: Tensor, s: float | Tensor = 0.43, base: float = 0.0) -> Tensor:
+    return _scaled_softmax(x, keep, base + s * keep.sum(-1, keepdim=True).to(x.dtype).log())
 
 
 def _scaled_softmax(x: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
@@ -240,7 +266,13 @@ register_normalizer(
     "scalable_softmax",
     _scalable_softmax,
     citation="Nakanishi. Scalable-Softmax Is Superior for Attention. 2025. arXiv:2501.19399.",
-    options={"s": positive(0.43, "scores are multiplied by s log(unmasked entries); where s starts")},
+    options={
+        "s": positive(0.43, "scores are multiplied by base + s log(unmasked entries); where s starts"),
+        "base": non_negative(0.0, "see s; 1 with init='identity'"),
+        "init": init(),
+    },
     learned={"s": Learned(same, float, always=True)},
     per_head=True,
+    identity={"s": Learned(same, start_at_zero)},
+    identity_options={"base": 1.0},
 )

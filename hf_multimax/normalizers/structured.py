@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from hf_multimax.normalizers.entmax import entmax_package
-from hf_multimax.normalizers.options import below_peak, is_number, non_negative
+from hf_multimax.normalizers.options import below_peak, is_number, non_negative, of_numbers
 from hf_multimax.normalizers.prox import prox_oscar, prox_tv
 from hf_multimax.normalizers.registry import Option, register_normalizer, rowwise
+from hf_multimax.rows.choose import RowFunction
 
 __all__: list[str] = []
 
@@ -16,7 +17,7 @@ __all__: list[str] = []
 # gradient that could part them. Under a mask with holes, or in a cache, what counts is the order of what is kept.
 
 
-@rowwise
+@rowwise(compiled=lambda lam=1.0: of_numbers("fusedmax", lam))
 def _fusedmax(x: Tensor, keep: Tensor, lam: float = 1.0) -> Tensor:
     x = below_peak(x)
     # Scores that far down stay apart from the support, whatever they are; they would take the digits of the others.
@@ -31,7 +32,11 @@ def _fusedmax(x: Tensor, keep: Tensor, lam: float = 1.0) -> Tensor:
     return torch.zeros_like(x).scatter(-1, order, entmax_package("fusedmax").sparsemax(scores, dim=-1))
 
 
-@rowwise
+def _compiled_oscarmax(alpha: float = 0.0, beta: float | None = None) -> RowFunction | None:
+    return of_numbers("oscarmax", alpha, -1.0 if beta is None else beta)
+
+
+@rowwise(compiled=_compiled_oscarmax)
 def _oscarmax(x: Tensor, keep: Tensor, alpha: float = 0.0, beta: float | None = None) -> Tensor:
     # As in fusedmax; here signs and ranks of magnitudes count, so that the bound is further away.
     count = keep.sum(-1, keepdim=True).to(x.dtype)
