@@ -156,7 +156,7 @@ def test_where_they_run(monkeypatch):
         function()
         return bool(calls)
 
-    for function in (lambda x: normalize("evsoftmax", x), lambda x: multimax(x, r, r), MultiMax()):
+    for function in (lambda x: normalize("evsoftmax", x), lambda x: multimax(x, r, r), MultiMax(init="paper")):
         assert runs(lambda f=function: f(x)) and runs(lambda f=function: f(x.bfloat16()))
         assert not runs(lambda f=function: f(x.double()))
         for name in ("eager", "tiled"):
