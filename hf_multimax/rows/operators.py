@@ -69,24 +69,9 @@ def _filled(like: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
-def _gradients(
-    grad: Tensor,
-    p: Tensor,
-    stats: Tensor | None,
-    groups: Tensor | None,
-    x: Tensor | None,
-    value: Tensor | None,
-    beta: Tensor | None,
-    gamma: Tensor | None,
-    ranges: Tensor | None,
-    ts: Tensor | None,
-    affine: Tensor | None,
-    kind: int,
-    a: float,
-    b: float,
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients of the differentiable inputs, None for those that need none."""
+def _gradients(*inputs: Any) -> list[Tensor | None]:
+    """The gradients of the differentiable inputs, None for those that need none; arguments as the operator's."""
+    grad, p, stats, groups, x, value, beta, gamma, ranges, ts, affine, kind, a, b, needed = inputs
     grad = grad.contiguous()
     grad_x = torch.empty_like(grad)
     options = [t.new_empty(t.shape) if wanted else None for t, wanted in zip((value, beta, gamma), needed[1:])]
