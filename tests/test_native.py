@@ -214,6 +214,18 @@ def test_operators_are_dispatched_only_where_something_watches():
     assert native_attention(fake[0], fake[0], fake[0], *fake[1:]).shape == q.shape
 
 
+@pytest.mark.parametrize("wanted", [("ts",), ("q",), ("v", "ranges"), ("k", "bias")])
+def test_a_gradient_is_the_same_whichever_others_are_wanted(wanted):
+    tensors, options, grad = _call(Case("", (2, 4, 2, 40, 90), bias=(1, 4, 40, 90)), causal=True)
+    whole = run(native_attention, tensors, options, grad)
+    leaves = {name: x.detach().clone().requires_grad_(name in wanted) for name, x in tensors.items()}
+    bias = leaves.pop("bias")
+    native_attention(*leaves.values(), bias=bias, **options).backward(grad)
+    for name, leaf in {**leaves, "bias": bias}.items():
+        assert (leaf.grad is not None) == (name in wanted), name
+        assert leaf.grad is None or torch.equal(leaf.grad, whole[name]), name
+
+
 def test_dispatched_or_not_gradients_are_the_same(monkeypatch):
     tensors, options, grad = _call(Case("", (2, 4, 2, 17, 40), affine=True, sinks=True), causal=True)
     direct = run(native_attention, tensors, options, grad)

@@ -40,7 +40,7 @@ struct Arguments {
   float* total;       // shaped like top: sum of exp(score - top), 0 for a row that sees nothing
   float* peak;        // shaped like top: that score before sigma; all three are null if not wanted
   float* delta;       // [batch, heads, rows]: rowsum(out * grad_out), written by the backward
-  float* grad_q;      // [splits, batch, heads, rows, dim], zeros on entry
+  float* grad_q;      // [splits, batch, heads, rows, dim], zeros on entry; like grad_k and grad_v null where not wanted
   float* grad_bias;   // contiguous, zeros on entry; null where not wanted
   float* grad_ranges;    // contiguous, shaped like the parameters; the three are null where none of them is wanted
   float* grad_ts;
@@ -729,12 +729,18 @@ void backward_block(const Arguments& g, const Modulator& m, const BackwardBuffer
     add_scalars<ORDER>(m, sums, affine_sums, g.sums + head * (4 * g.order + 2));
   }
 
-  pack(grad_out, rows, g.value_dim, t.row_panels);
-  multiply<true>(keys, g.value_dim, rows, 1.0f, {t.p, width}, t.row_panels, true, t.grad_v, g.value_dim);
-  pack(q, rows, g.dim, t.row_panels);
-  multiply<true>(keys, g.dim, rows, scale, {t.dp, width}, t.row_panels, true, t.grad_k, g.dim);
-  float* grad_q = g.grad_q + (((split * g.batch + b) * g.heads + h) * g.rows + row) * g.dim;
-  multiply<false>(rows, g.dim, keys, scale, {t.dp, width}, t.k_panels, true, grad_q, g.dim, block_keys);
+  if (g.grad_v.data) {
+    pack(grad_out, rows, g.value_dim, t.row_panels);
+    multiply<true>(keys, g.value_dim, rows, 1.0f, {t.p, width}, t.row_panels, true, t.grad_v, g.value_dim);
+  }
+  if (g.grad_k.data) {
+    pack(q, rows, g.dim, t.row_panels);
+    multiply<true>(keys, g.dim, rows, scale, {t.dp, width}, t.row_panels, true, t.grad_k, g.dim);
+  }
+  if (g.grad_q) {
+    float* grad_q = g.grad_q + (((split * g.batch + b) * g.heads + h) * g.rows + row) * g.dim;
+    multiply<false>(rows, g.dim, keys, scale, {t.dp, width}, t.k_panels, true, grad_q, g.dim, block_keys);
+  }
 }
 
 // All rows and query heads of one key-value head against the keys of one split
@@ -779,8 +785,12 @@ void backward_keys(const Arguments& g, int64_t b, int64_t kv, int64_t split) {
       }
     }
     for (int64_t j = 0; j < keys; ++j) {
-      write(t.grad_k + j * g.dim, g.dim, g.grad_k.type, const_cast<char*>(at(g.grad_k, b, kv, key + j, 0)));
-      write(t.grad_v + j * g.value_dim, g.value_dim, g.grad_v.type, const_cast<char*>(at(g.grad_v, b, kv, key + j, 0)));
+      if (g.grad_k.data) {
+        write(t.grad_k + j * g.dim, g.dim, g.grad_k.type, const_cast<char*>(at(g.grad_k, b, kv, key + j, 0)));
+      }
+      if (g.grad_v.data) {
+        write(t.grad_v + j * g.value_dim, g.value_dim, g.grad_v.type, const_cast<char*>(at(g.grad_v, b, kv, key + j, 0)));
+      }
     }
   }
 }

@@ -177,11 +177,16 @@ def _compute_gradients(
     packed = Packed(call)
     splits = _backward_splits(q, k, bias if wanted["bias"] else None, packed.threads)
     packed.set(splits=splits)
-    grad_q = q.new_zeros(q.shape if splits == 1 else (splits, *q.shape), dtype=torch.float32)
-    grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
+    # what is not wanted, as in the first layer of a frozen model, costs no product
+    shape = q.shape if splits == 1 else (splits, *q.shape)
+    grad_q = q.new_zeros(shape, dtype=torch.float32) if wanted["q"] else None
+    grad_k, grad_v = (x.new_empty(x.shape) if wanted[name] else None for name, x in (("k", k), ("v", v)))
     delta = q.new_empty(q.shape[:3], dtype=torch.float32)
-    packed.views(grad_out=dense_rows(grad_out), grad_k=grad_k, grad_v=grad_v)
-    packed.pointers(out32=out32, delta=delta, grad_q=grad_q)
+    packed.views(grad_out=dense_rows(grad_out))
+    packed.views(**{name: x for name, x in (("grad_k", grad_k), ("grad_v", grad_v)) if x is not None})
+    packed.pointers(out32=out32, delta=delta)
+    if grad_q is not None:
+        packed.pointers(grad_q=grad_q)
     packed.statistics(stats)
     grad_ranges = grad_ts = grad_affine = grad_bias = None
     if wanted["ranges"] or wanted["ts"] or wanted["affine_scale"] or wanted["affine_shift"]:
@@ -192,7 +197,7 @@ def _compute_gradients(
     packed.run("backward")
     grad_scale, grad_shift = (None, None) if grad_affine is None else grad_affine.unbind(-1)
     found = (
-        grad_q if splits == 1 else grad_q.sum(0), grad_k, grad_v, grad_ranges, grad_ts, None, grad_bias, grad_scale,
+        grad_q, grad_k, grad_v, grad_ranges, grad_ts, None, grad_bias, grad_scale,
         grad_shift, _sink_gradient(call.sinks, stats, delta),
     )  # fmt: skip
     return fitted(found, call, needed)
