@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import griffe
@@ -34,8 +35,32 @@ def field_of(value: str) -> tuple[str, str] | None:
     return ("{}" if ast.unparse(default) == "dict" else ast.unparse(default)), ast.literal_eval(text)
 
 
+def functions_of(module: griffe.Module) -> Iterator[griffe.Function]:
+    """The functions of a module and of those in it."""
+    for member in module.members.values():
+        if not member.is_alias and member.is_module:
+            yield from functions_of(member)
+        elif not member.is_alias and member.is_function:
+            yield member
+
+
+def spell_out(function: griffe.Function, package: griffe.Module) -> None:
+    """Replace ``**options: Unpack[Options]`` by the keywords that the TypedDict has."""
+    for parameter in list(function.parameters):
+        found = re.fullmatch(r"Unpack\[(\w+)\]", str(parameter.annotation or ""))
+        if found is None:
+            continue
+        del function.parameters[parameter.name]
+        options = package.modules_collection[function.resolve(found[1])]
+        for name, attribute in options.attributes.items():
+            kind = griffe.ParameterKind.keyword_only
+            function.parameters.add(griffe.Parameter(name, annotation=attribute.annotation, kind=kind, default="..."))
+
+
 class Docstrings(griffe.Extension):
-    """Applies :func:`as_markdown` to everything, and reads the table ``_LAZY`` (name -> module) of a package."""
+    """Applies :func:`as_markdown` to everything, spells out the keywords of a TypedDict, and reads the table ``_LAZY``
+    (name -> module) of a package.
+    """
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
         if attr.value is not None and attr.parent.is_class and (found := field_of(str(attr.value))):
@@ -47,6 +72,8 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = as_markdown(obj.docstring.value)
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        for function in functions_of(pkg):
+            spell_out(function, pkg)
         if "_LAZY" in pkg.members:
             for name, module in ast.literal_eval(str(pkg.members["_LAZY"].value)).items():
                 pkg.set_member(name, griffe.Alias(name, f"{pkg.path}.{module}.{name}"))

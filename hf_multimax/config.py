@@ -31,7 +31,7 @@ class MultiMaxConfig:
 
     Every field is checked when the object is made; a wrong value raises ValueError and an unknown name TypeError.
 
-    Example:
+    Examples:
         >>> from hf_multimax import MultiMaxConfig
         >>> MultiMaxConfig(per_head=True).replace(order=1).order
         1

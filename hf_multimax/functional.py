@@ -44,7 +44,7 @@ def modulate(x: Tensor, ranges: Tensor, ts: Tensor, affine: Affine | None = None
         ValueError: if the shapes of ``ranges`` and ``ts`` differ or fit neither ``[2N]`` nor ``[heads, 2N]``.
         TypeError: if ``x`` is not floating point.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_multimax import modulate
         >>> ranges, ts = torch.tensor([0.0, 1.0]), torch.tensor([-1.0, 0.5])  # below 0 twice as far, above 1 half again
@@ -77,7 +77,7 @@ def multimax(
     Raises:
         ValueError, TypeError: as :func:`modulate`; TypeError for a mask that is not boolean.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_multimax import multimax
         >>> ranges, ts = torch.tensor([0.0, 1.0]), torch.tensor([-1.0, 0.5])

@@ -292,7 +292,7 @@ def parameter_groups(
     Returns:
         Groups of trainable parameters: decayed, not decayed, MultiMax's, its slow slopes; empty ones are left out.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import AutoModelForCausalLM
         >>> from hf_multimax import parameter_groups, patch_model

@@ -45,7 +45,7 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: for an unknown name.
 
-    Example:
+    Examples:
         >>> from hf_multimax import backend, current_backend
         >>> with backend("eager"):
         ...     current_backend()
@@ -63,7 +63,7 @@ def backend(name: str) -> Iterator[None]:
 def current_backend() -> str:
     """The name that the innermost :func:`backend` block of this thread or task chose, ``"auto"`` outside of any.
 
-    Example:
+    Examples:
         >>> from hf_multimax import current_backend
         >>> current_backend()
         'auto'

@@ -76,7 +76,7 @@ def multimax_attention(
         ValueError: for shapes that do not fit, ``is_causal`` or ``window`` with more queries than keys, or a
             probability outside [0, 1). TypeError: for a mask that is neither boolean nor floating.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_multimax import multimax_attention
         >>> q, k, v = torch.randn(3, 2, 4, 16, 8).unbind()  # batch 2, 4 heads, length 16, width 8

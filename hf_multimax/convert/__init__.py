@@ -60,7 +60,7 @@ def from_authors(checkpoint: Mapping[str, Tensor] | str | Path, layout: str, **h
             does not have, naming it, for an impossible hyperparameter, an unknown layout or an unreadable file.
         TypeError: for a missing or unknown hyperparameter, or a value of the checkpoint that is no tensor.
 
-    Example:
+    Examples:
         >>> from transformers import AutoConfig, AutoModelForCausalLM
         >>> from hf_multimax import is_patched, patch_model
         >>> from hf_multimax.convert import from_authors, to_authors
@@ -87,7 +87,7 @@ def to_authors(model: PreTrainedModel, layout: str) -> Weights:
         ValueError: if ``model`` is no MultiMax model of the class that the layout belongs to, or has a parameter that
             the layout has no place for, naming it.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForCausalLM
         >>> from hf_multimax import patch_model
         >>> from hf_multimax.convert import from_authors, to_authors

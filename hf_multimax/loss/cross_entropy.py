@@ -64,7 +64,7 @@ def multimax_linear_cross_entropy(
         TypeError: for arguments of the wrong type, or unknown ones.
         RuntimeError: where ``torch.func`` differentiates it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_multimax import multimax_linear_cross_entropy
         >>> hidden, weight, labels = torch.randn(6, 8), torch.randn(11, 8), torch.tensor([1, 2, -100, 4, 5, 10])

@@ -13,7 +13,7 @@ class Changes:
 
     What a change was is written down before it is made, so that there is no moment at which it could not be undone.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> holder = SimpleNamespace(a=1)
         >>> try:

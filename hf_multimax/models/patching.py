@@ -55,7 +55,7 @@ def patch_model(model: PreTrainedModel, config: MultiMaxConfig | None = None, **
         ValueError: if the model is patched already, has nothing that the config asks to replace, or does something
             that MultiMax does not support. The model is then as it was.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import AutoModelForCausalLM
         >>> from hf_multimax import patch_model
@@ -158,7 +158,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: if ``model`` is not patched.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForCausalLM
         >>> from hf_multimax import is_patched, patch_model, unpatch_model
         >>> model = patch_model(AutoModelForCausalLM.from_pretrained("gpt2"))
@@ -180,7 +180,7 @@ def freeze_base(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if ``model`` has none.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForCausalLM
         >>> from hf_multimax import freeze_base, patch_model
         >>> model = patch_model(AutoModelForCausalLM.from_pretrained("gpt2"))
@@ -198,7 +198,7 @@ def freeze_base(model: nn.Module) -> nn.Module:
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many parameters are trained, how many there are, and how many are MultiMax's own.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForCausalLM
         >>> from hf_multimax import freeze_base, patch_model, print_trainable_parameters
         >>> model = patch_model(AutoModelForCausalLM.from_pretrained("gpt2"))

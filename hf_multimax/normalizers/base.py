@@ -70,7 +70,7 @@ class Normalizer(nn.LayerNorm):
 def is_patched(model: nn.Module) -> bool:
     """Whether ``model`` is a MultiMax model: patched by ``patch_model``, or loaded from a MultiMax checkpoint.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForCausalLM
         >>> from hf_multimax import is_patched, patch_model
         >>> model = AutoModelForCausalLM.from_pretrained("gpt2")
@@ -88,7 +88,7 @@ def multimax_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         TypeError: if ``model`` is no module.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForCausalLM
         >>> from hf_multimax import multimax_parameters, patch_model
         >>> model = patch_model(AutoModelForCausalLM.from_pretrained("gpt2"))
@@ -121,7 +121,7 @@ class MultiMax(Normalizer):
     Raises:
         ValueError: for an impossible argument.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_multimax import MultiMax
         >>> normalizer = MultiMax(order=2)

@@ -158,7 +158,7 @@ def register_normalizer(
     Raises:
         ValueError: if ``name`` is taken, or the function does not take ``(x, dim=..., mask=...)``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_multimax import normalize, register_normalizer, rowwise
         >>> spec = register_normalizer("halved", rowwise(lambda x, keep, factor=0.5: (factor * x).softmax(-1)))
@@ -198,7 +198,7 @@ def get_normalizer(name: str) -> NormalizerSpec:
 def registered_normalizers() -> tuple[str, ...]:
     """The names of all registered normalizers, in alphabetical order.
 
-    Example:
+    Examples:
         >>> from hf_multimax import registered_normalizers
         >>> {"entmax15", "multimax", "softmax", "sparsemax"} <= set(registered_normalizers())
         True
@@ -227,7 +227,7 @@ def normalize(
         ValueError: for an unknown name, or an impossible value of an option. TypeError: for an option that the
             normalizer does not have, or lacks, and for scores or a mask of the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_multimax import normalize
         >>> normalize("sparsemax", torch.tensor([2.0, 1.5, -1.0])).tolist()
@@ -247,7 +247,7 @@ def normalize(
 def build_normalizer(config: MultiMaxConfig, num_heads: int | None) -> Normalizer:
     """The module that ``config`` asks for; ValueError if its normalizer or an option of it is impossible.
 
-    Example:
+    Examples:
         >>> from hf_multimax import MultiMaxConfig, build_normalizer
         >>> build_normalizer(MultiMaxConfig(normalizer="rsoftmax", normalizer_kwargs={"sparsity": 0.3}), None)
         FunctionNormalizer(rsoftmax, sparsity=0.3)
@@ -271,7 +271,7 @@ def rowwise(
         ``(x, dim=-1, mask=None, training=False, **options)``, as :func:`register_normalizer` takes it: any dimension
         and floating type, zeros where masked and in rows that keep nothing, NaN in rows that keep NaN or infinity.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_multimax import rowwise
         >>> squared = rowwise(lambda x, keep: x.softmax(-1) ** 2 / (x.softmax(-1) ** 2).sum(-1, keepdim=True))

@@ -92,6 +92,7 @@ def clipped(clip: str, _) -> dict:
     model(**own(batch)).loss.backward()
     limits = SimpleNamespace(multimax_clip=clip, max_grad_norm=0.1, multimax_max_grad_norm=0.05)
     trainer = SimpleNamespace(args=limits, accelerator=accelerator, _summed_over=lambda name: 11)
+    trainer._clip_scaled = functools.partial(MultiMaxTrainerMixin._clip_scaled, trainer)
     norms = [whole(MultiMaxTrainerMixin._clip_grad_norm(trainer, clipped)).item() for clipped in (single, model)]
     return {"norms": norms, "gradients": errors(gradients(model), gradients(single))}
 
