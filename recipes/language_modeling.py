@@ -28,6 +28,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_multimax.training import MultiMaxTrainingArguments
 from recipes.shared.adapters import with_adapter
+from recipes.shared.checkpoints import place_of
 from recipes.shared.checks import DataError, check_numbers
 from recipes.shared.data.sources import describe
 from recipes.shared.data.text import BUILT_IN_TEXTS, load_text
@@ -94,7 +95,7 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
         train_text, held_out_text = read_texts(text)
     name = text.tokenizer or options.model
     if name is not None:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(place_of(name))
     else:
         tokenizer = train_tokenizer(train_text, text.vocab_size, text.context or 1024)
     model = build_model(options, lambda: stock_model(options, text, tokenizer), training.seed)
@@ -143,7 +144,7 @@ def read_texts(text: TextArguments) -> tuple[str, str]:
 
 def stock_model(options: ModelArguments, text: TextArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     if options.model is not None:
-        return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(place_of(options.model), dtype=torch.float32)
     values = {**DEFAULT_CONFIG, **options.model_config}
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     sizes = {"vocab_size": len(tokenizer), **special}

@@ -13,7 +13,7 @@ from recipes.shared.checks import DataError
 from recipes.shared.data.sources import first_line
 from recipes.shared.kept import kept_folder
 
-__all__ = ["CHECKPOINTS", "checkpoint_folder"]
+__all__ = ["CHECKPOINTS", "checkpoint_folder", "place_of"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ CHECKPOINTS = {
         "Apache-2.0",
     )
 }
+
+
+def place_of(name: str) -> str:
+    """What ``from_pretrained`` takes for a name of :data:`CHECKPOINTS`; a folder or Hub id as it is."""
+    return str(checkpoint_folder(name)) if name in CHECKPOINTS else name
 
 
 def checkpoint_folder(name: str) -> Path:

@@ -314,7 +314,6 @@ def _dbias(call: Call, do: Tensor, norms: Tensor, delta: Tensor, dbias: Tensor) 
         batches=call.q.shape[0],
         row_blocks=row_blocks,
         col_blocks=col_blocks,
-        keep_scale=_keep_scale(call),
         PER_BATCH=batch > 1,
         PER_HEAD=heads > 1,
         PER_ROW=n_rows > 1,
