@@ -137,5 +137,6 @@ def test_only_auto_falls_back(monkeypatch):
         multimax_attention(q, q, q, torch.zeros(4), torch.zeros(4), window=3)
     with pytest.raises(ValueError, match="window must be at least 1"):
         multimax_attention(q, q, q, torch.zeros(4), torch.zeros(4), window=0)
-    with pytest.raises(TypeError, match="no argument 'sliding_window'"):
-        multimax_attention(q, q, q, torch.zeros(4), torch.zeros(4), sliding_window=3)
+    for wrong in ("sliding_window", "mask", "causal"):  # the last two are what kernels call attn_mask and is_causal
+        with pytest.raises(TypeError, match=f"multimax_attention has no argument '{wrong}'; there are attn_mask"):
+            multimax_attention(q, q, q, torch.zeros(4), torch.zeros(4), **{wrong: 3})

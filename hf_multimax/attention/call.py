@@ -101,6 +101,9 @@ def make_call(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor | None, ts: Tensor
     affine, scale, window, softcap = get("affine"), get("scale"), get("window"), get("softcap")
     if affine is not None:
         _check_affine(affine, q)
+    for name in ("dropout_p", "scale", "softcap"):
+        _check_number(name, get(name))
+    _check_number("window", window, integer=True)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     if softcap is not None and not softcap > 0:
@@ -170,8 +173,18 @@ def _check_modulator(ranges: torch.Size, ts: torch.Size, heads: int) -> None:
         raise ValueError(f"ranges and ts have {ranges[0]} heads, but q has {heads}")
 
 
+def _check_number(name: str, value: object, integer: bool = False) -> None:
+    # NumPy's numbers too, and tensors of one: some models scale by a parameter of theirs
+    symbolic = (torch.SymInt,) if integer else (torch.SymInt, torch.SymFloat)
+    number = isinstance(value, symbolic) or hasattr(value, "__index__" if integer else "__float__")
+    if value is not None and (isinstance(value, bool) or not number):
+        raise TypeError(f"{name} must be {'an integer' if integer else 'a number'} or None, got {value!r}")
+
+
 def _check_affine(affine: Affine, q: Tensor) -> None:
     heads = q.shape[1] if q.ndim == 4 else None
+    if not isinstance(affine, tuple | list) or len(affine) != 2:
+        raise TypeError(f"affine must be a pair of tensors (scale, shift), got {type(affine).__name__}")
     for name, tensor in zip(("affine scale", "affine shift"), affine):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, a scalar or [{heads}], got {type(tensor).__name__}")

@@ -86,6 +86,10 @@ def multimax_attention(
         >>> torch.allclose(out, expected, atol=1e-6)  # slopes of zero: SoftMax
         True
     """
+    unknown = features.keys() - AttentionFeatures.__annotations__.keys()
+    if unknown:
+        known = ", ".join(("attn_mask", "is_causal", *AttentionFeatures.__annotations__))
+        raise TypeError(f"multimax_attention has no argument {min(unknown)!r}; there are {known}")
     q, k, v, no_autocast = _as_autocast_wants(q, k, v)
     call = make_call(q, k, v, ranges, ts, mask=attn_mask, causal=is_causal, **features)
     with no_autocast:

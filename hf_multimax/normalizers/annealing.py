@@ -1,5 +1,6 @@
 """Annealing over training: the sparsity of r-softmax, and any function from SoftMax on."""
 
+import abc
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ from hf_multimax.normalizers.registry import FunctionNormalizer
 __all__ = ["NormalizerAnnealing", "SparsityAnnealing", "set_share", "set_sparsity"]
 
 
-class _Annealing(TrainerCallback):
+class _Annealing(TrainerCallback, abc.ABC):
     """Moves a number linearly from ``start`` to ``end`` over the first ``steps`` updates."""
 
     def __init__(self, start: float, end: float, steps: int) -> None:
@@ -27,8 +28,9 @@ class _Annealing(TrainerCallback):
         share = min(step / self.steps, 1.0)
         return (1 - share) * self.start + share * self.end
 
+    @abc.abstractmethod
     def set(self, model: nn.Module, value: float) -> None:
-        raise NotImplementedError
+        """Put the number into the model."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

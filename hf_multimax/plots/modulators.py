@@ -76,9 +76,7 @@ def plot_modulators(
         ImportError: without matplotlib.
         ValueError: if no layer has a modulator.
     """
-    curves = {name: values for name, values in layers.items() if values.get("ranges")}
-    if not curves:
-        raise ValueError("no layer has the `ranges` and `ts` of a MultiMax modulator: there is nothing to draw")
+    curves = _with_modulators(layers)
     figure = new_figure(8.0, 3.0)
     limit = max(5.0, *(1.5 * torch.tensor(values["ranges"]).abs().max().item() for values in curves.values()))
     x = torch.linspace(-limit, limit, 201)
@@ -119,9 +117,7 @@ def plot_modulators_on_scores(layers: Mapping[str, Mapping[str, Any]], path: str
         ImportError: without matplotlib.
         ValueError: if no layer has a modulator.
     """
-    chosen = {name: values for name, values in layers.items() if values.get("ranges")}
-    if not chosen:
-        raise ValueError("no layer has the `ranges` and `ts` of a MultiMax modulator: there is nothing to draw")
+    chosen = _with_modulators(layers)
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
     figure = new_figure(max(4.2, 2.6 * columns), 0.7 + 2.1 * rows)
@@ -173,6 +169,14 @@ def _shown(edges: torch.Tensor, counts: torch.Tensor) -> tuple[float, float]:
     below = counts.cumsum(0) / counts.sum()
     inside = ((below > 1e-3) & (below - counts / counts.sum() < 1 - 1e-3)).nonzero().flatten()
     return float(edges[inside[0]]), float(edges[inside[-1] + 1])
+
+
+def _with_modulators(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The layers that have one; ValueError if none has."""
+    found = {name: values for name, values in layers.items() if values.get("ranges")}
+    if not found:
+        raise ValueError("no layer has the `ranges` and `ts` of a MultiMax modulator: there is nothing to draw")
+    return found
 
 
 def _sigma(values: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
