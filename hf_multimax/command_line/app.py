@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from hf_multimax.command_line import checkpoints, demo, drawing, looking, machine, screen
+from hf_multimax.command_line.options import spread
 from hf_multimax.version import __version__
 
 __all__ = ["app"]
@@ -41,7 +42,7 @@ def _all_commands(
 
 def _add(function: Callable[..., None], name: str, panel: str, *examples: str) -> None:
     """A command, whose help ends with examples."""
-    told = screen.tells_errors(function)
+    told = screen.tells_errors(spread(function))
     lines = "\n\n".join(f"hf-multimax {example}" for example in examples)
     app.command(name, rich_help_panel=panel, epilog=f"Examples:\n\n{lines}")(told)
 

@@ -1,5 +1,6 @@
 """``patch``, ``push`` and ``convert``: from one checkpoint to another."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,55 +13,25 @@ import hf_multimax
 from hf_multimax import MultiMaxConfig
 from hf_multimax.command_line import screen
 from hf_multimax.command_line.loading import Loaded, check_patched, load, new_folder
+from hf_multimax.command_line.options import Force, Replacement, Revision
 from hf_multimax.convert import from_authors, to_authors
 
 __all__ = ["convert", "patch", "push"]
 
-_HELP = {name: field.metadata["help"] for name, field in MultiMaxConfig.__dataclass_fields__.items()}
 _LAYOUTS = "timm-vit, fairseq-lm, fairseq-translation or lm-head"
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
-Force = Annotated[bool, typer.Option("--force", help="Write into a folder that holds files.")]
-
-
-def _complete_normalizer(incomplete: str) -> list[str]:
-    return [name for name in hf_multimax.registered_normalizers() if name.startswith(incomplete)]
 
 
 def patch(
     src: Annotated[str, typer.Argument(help="A stock model: a folder, or an id on the Hub.")],
     dst: Annotated[Path, typer.Argument(help="The folder to write.")],
-    normalizer: Annotated[
-        str, typer.Option(help=_HELP["normalizer"], autocompletion=_complete_normalizer)
-    ] = "multimax",
-    option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE, an option of the normalizer; may be given again.")
-    ] = None,
-    order: Annotated[int | None, typer.Option(help=_HELP["order"])] = None,
-    affine: Annotated[bool, typer.Option("--affine", help=_HELP["affine"])] = False,
-    per_head: Annotated[bool, typer.Option("--per-head", help=_HELP["per_head"])] = False,
-    output: Annotated[bool, typer.Option("--output", help=_HELP["output"])] = False,
-    attention: Annotated[bool, typer.Option(help=_HELP["attention"])] = True,
-    init: Annotated[str, typer.Option(help=_HELP["init"])] = "identity",
-    init_std: Annotated[float, typer.Option(help=_HELP["init_std"])] = 0.02,
-    include: Annotated[list[str] | None, typer.Option(help=_HELP["include"])] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help=_HELP["exclude"])] = None,
+    replacement: Replacement,
     revision: Revision = None,
     force: Force = False,
 ) -> None:
     """Replace the SoftMax of a model and save it. With the defaults its outputs stay what they are."""
-    config = MultiMaxConfig(
-        normalizer=normalizer,
-        normalizer_kwargs=_options(option),
-        order=order,
-        affine=affine,
-        per_head=per_head,
-        output=output,
-        attention=attention,
-        init=init,
-        init_std=init_std,
-        include=include or None,
-        exclude=exclude or None,
-    )
+    values = dataclasses.asdict(replacement)
+    values |= {name: values[name] or None for name in ("include", "exclude")}  # Typer gives an empty list
+    config = MultiMaxConfig(normalizer_kwargs=_options(values.pop("option")), **values)
     new_folder(dst, force)
     with screen.working(f"loading {src}"):
         loaded = load(src, revision)
@@ -74,9 +45,9 @@ def patch(
     layers = {name.rpartition(".multimax")[0] for name, _ in loaded.model.named_modules() if name.endswith(".multimax")}
     count = sum(parameter.numel() for parameter in parameters.values())
     screen.say(
-        f"{dst}: {loaded.class_name} with {normalizer} in {len(layers)} attention layers",
+        f"{dst}: {loaded.class_name} with {config.normalizer} in {len(layers)} attention layers",
     )
-    screen.say(f"{count} learnable scalars{', the output among them' if output else ''}")
+    screen.say(f"{count} learnable scalars{', the output among them' if config.output else ''}")
 
 
 def push(

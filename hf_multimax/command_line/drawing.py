@@ -11,18 +11,8 @@ from hf_multimax import plots
 from hf_multimax.command_line import screen
 from hf_multimax.command_line.data import image_batch, text_batch
 from hf_multimax.command_line.loading import Loaded, new_folder
-from hf_multimax.command_line.looking import (
-    Batches,
-    BatchSize,
-    Data,
-    Device,
-    Length,
-    ModelPath,
-    Revision,
-    load_telling,
-    measured_on,
-    plain,
-)
+from hf_multimax.command_line.looking import load_telling, measured_on, plain
+from hf_multimax.command_line.options import DataOptions, Device, MapOptions, ModelPath, Revision
 from hf_multimax.diagnostics import attention_maps
 
 __all__ = ["plot"]
@@ -31,32 +21,27 @@ __all__ = ["plot"]
 def plot(
     path: ModelPath,
     out: Annotated[Path, typer.Option(help="The folder for the figures.")],
-    data: Data = None,
-    text: Annotated[str | None, typer.Option(help="A sentence whose attention maps are drawn.")] = None,
-    image: Annotated[Path | None, typer.Option(help="An image whose attention map is drawn.")] = None,
-    beside: Annotated[str | None, typer.Option(help="Another model, whose maps are drawn beside.")] = None,
-    layer: Annotated[str | None, typer.Option(help="The layer of the maps; default: the last.")] = None,
+    data: DataOptions,
+    maps: MapOptions,
     format: Annotated[str, typer.Option(help="png or svg, or anything that matplotlib writes.")] = "png",
-    batch_size: BatchSize = 4,
-    batches: Batches = 8,
-    length: Length = 256,
     device: Device = "cpu",
     revision: Revision = None,
 ) -> None:
     """Draw the modulators over the scores, the measures of all layers, and attention maps."""
     new_folder(out)
     loaded = load_telling(path, revision, device)
-    other = None if beside is None else load_telling(beside, None, device)
-    (layers,) = measured_on([loaded], data, batch_size, batches, length)
+    models = {path: loaded}
+    if maps.beside is not None:
+        models[maps.beside] = load_telling(maps.beside, None, device)
+    (layers,) = measured_on([loaded], data)
     values_of = plain(layers)
     if any(values.get("ranges") for values in values_of.values()):
         _tell(plots.plot_modulators_on_scores(values_of), out / f"modulators.{format}")
     _tell(plots.plot_measures({path: values_of}), out / f"measures.{format}")
-    models = {path: loaded, **({} if other is None else {beside: other})}
-    if text is not None:
-        _tell(_text_maps(models, text, layer), out / f"maps.{format}")
-    if image is not None:
-        _tell(_image_maps(models, image, layer), out / f"image.{format}")
+    if maps.text is not None:
+        _tell(_text_maps(models, maps.text, maps.layer), out / f"maps.{format}")
+    if maps.image is not None:
+        _tell(_image_maps(models, maps.image, maps.layer), out / f"image.{format}")
 
 
 def _text_maps(models: Mapping[str, Loaded], text: str, layer: str | None) -> Any:

@@ -10,8 +10,9 @@ import typer
 import hf_multimax
 from hf_multimax import plots
 from hf_multimax.command_line import screen
-from hf_multimax.command_line.data import KINDS, batches
+from hf_multimax.command_line.data import batches
 from hf_multimax.command_line.loading import Loaded, check_patched, load, new_folder
+from hf_multimax.command_line.options import DataOptions, Device, Json, ModelPath, Revision
 from hf_multimax.diagnostics import LayerMeasures, measure_models, modulator_curve, same_weight
 from hf_multimax.models.patching import OUTPUT
 from hf_multimax.normalizers.base import MultiMax, named_normalizers
@@ -19,14 +20,6 @@ from hf_multimax.publishing.card import layer_modulators
 
 __all__ = ["compare", "inspect", "load_telling", "measure", "measured_on", "plain"]
 
-ModelPath = Annotated[str, typer.Argument(metavar="PATH", help="A model or an adapter: a folder, or an id on the Hub.")]
-Data = Annotated[str | None, typer.Option(help=f"{KINDS[0].upper()}{KINDS[1:]}. Default: a short English text.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in a batch.")]
-Batches = Annotated[int, typer.Option(min=1, help="How many batches to take at most.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens of an input at most.")]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")]
 Probability = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Reference probability s; default 1/n.")]
 
 _COLUMNS = {
@@ -42,10 +35,7 @@ _QUANTILES = (0.05, 0.5, 0.95)
 
 def inspect(
     path: ModelPath,
-    data: Data = None,
-    batch_size: BatchSize = 4,
-    batches: Batches = 4,
-    length: Length = 256,
+    data: DataOptions,
     device: Device = "cpu",
     revision: Revision = None,
     as_json: Json = False,
@@ -57,10 +47,10 @@ def inspect(
     """
     loaded = load_telling(path, revision, device)
     check_patched(loaded)
-    if data is None and (loaded.takes_images or loaded.tokenizer is None):
+    if data.data is None and (loaded.takes_images or loaded.tokenizer is None):
         layers: dict[str, LayerMeasures] = {}
     else:
-        layers = measured_on([loaded], data, batch_size, batches, length)[0]
+        layers = measured_on([loaded], data)[0]
     found = _scalars(loaded, layers)
     if as_json:
         screen.show_json({"path": path, "class": loaded.class_name, "layers": found})
@@ -84,10 +74,7 @@ def inspect(
 
 def measure(
     path: ModelPath,
-    data: Data = None,
-    batch_size: BatchSize = 4,
-    batches: Batches = 8,
-    length: Length = 256,
+    data: DataOptions,
     heads: Annotated[bool, typer.Option("--heads", help="One row for each head.")] = False,
     s: Probability = None,
     device: Device = "cpu",
@@ -99,7 +86,7 @@ def measure(
     A stock model is measured, too, with its SoftMax. Memory does not grow with the amount of data.
     """
     loaded = load_telling(path, revision, device)
-    (layers,) = measured_on([loaded], data, batch_size, batches, length, s=s)
+    (layers,) = measured_on([loaded], data, s=s)
     if as_json:
         values = {name: layer.to_dict() for name, layer in layers.items()}
         screen.show_json({"path": path, "class": loaded.class_name, "layers": values})
@@ -122,10 +109,7 @@ def measure(
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="A model or an adapter.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
-    data: Data = None,
-    batch_size: BatchSize = 4,
-    batches: Batches = 8,
-    length: Length = 256,
+    data: DataOptions,
     s: Probability = None,
     out: Annotated[Path | None, typer.Option(help="A folder for figures of both.")] = None,
     device: Device = "cpu",
@@ -138,7 +122,7 @@ def compare(
     vocabularies = [loaded.tokenizer.get_vocab() for loaded in both if loaded.tokenizer is not None]
     if len(vocabularies) == 2 and vocabularies[0] != vocabularies[1]:
         raise ValueError(f"{a} and {b} have different vocabularies: they cannot be given the same batches")
-    measured = measured_on(both, data, batch_size, batches, length, s=s)
+    measured = measured_on(both, data, s=s)
     names = [name for name in measured[0] if name in measured[1]]
     if not names:
         raise ValueError(f"{a} and {b} have no layer in common: {next(iter(measured[0]))}, {next(iter(measured[1]))}")
@@ -166,10 +150,8 @@ def load_telling(path: str, revision: str | None, device: str) -> Loaded:
         return load(path, revision, device)
 
 
-def measured_on(
-    models: list[Loaded], data: str | None, size: int, most: int, length: int, **options: Any
-) -> list[dict[str, LayerMeasures]]:
-    found = batches(models[0], data, size, length, most)
+def measured_on(models: list[Loaded], data: DataOptions, **options: Any) -> list[dict[str, LayerMeasures]]:
+    found = batches(models[0], data.data, data.batch_size, data.length, data.batches)
     named = {str(index): loaded.model for index, loaded in enumerate(models)}
     measured = measure_models(named, screen.progress("measuring", found, None), **options)
     return list(measured.values())

@@ -17,6 +17,7 @@ from hf_multimax.attention.native import backend as native
 from hf_multimax.attention.triton import backend as triton_attention
 from hf_multimax.cache import cache_folder
 from hf_multimax.command_line import screen
+from hf_multimax.command_line.options import Json
 from hf_multimax.version import __version__
 
 __all__ = ["backends", "env", "supported"]
@@ -29,7 +30,6 @@ _MEANING = {
 }
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "entmax", "triton", "safetensors", "huggingface_hub")
 _PACKAGES = (*_PACKAGES, "datasets", "matplotlib", "typer", "rich", "numpy")
-Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")]
 
 
 def _sweep() -> dict[str, Any]:
