@@ -1,7 +1,9 @@
 """Attention on GPUs in Triton: flash attention with sigma between the scores and the softmax.
 
 ``backend.py`` is the backend, ``launch.py`` picks tiles and launches, the kernels are in ``forward.py``,
-``backward.py`` and ``bias.py``, and ``common.py`` is what they share. They run in Triton's interpreter, too.
+``backward.py`` and ``bias.py``. They share ``arguments.py`` (what they take), ``bounds.py`` (which tiles they visit),
+``memory.py`` (loading and storing), ``modulator.py`` (sigma, its slope and sums) and ``scores.py`` (from products to
+probabilities and gradients). They run in Triton's interpreter, too.
 
 What a call becomes, for B = 2, H = 8, Hkv = 2, Nq = Nk = 1000, D = Dv = 64 in bfloat16, order 2, causal::
 
@@ -13,8 +15,9 @@ What a call becomes, for B = 2, H = 8, Hkv = 2, Nq = Nk = 1000, D = Dv = 64 in b
 A call with at most 16 queries per head (decoding) runs ``decode_kernel`` instead, 2 * 2 key heads times as many shares
 of the keys as fill the processors, then ``combine_kernel``, one program per query.
 
-The kernels' arguments: those of ``Inputs`` in ``common.py``, which all take as ``call``, and each one's own. Pointers
-are None where the call does not have them, which compiles their code away; tensors are read through their strides.
+The kernels' arguments: those of ``Inputs``, which all take as ``call``, of ``Rows``, which all but ``decode_kernel``
+take as ``by_row`` (o, residual, do, peaks, totals, delta, sinks), and each one's own. Pointers are None where the call
+does not have them, which compiles their code away; tensors are read through their strides.
 
 =====================  ===============================  ================================================================
 q, k, v                [B, H, Nq, D], [B, Hkv, Nk, D],  inputs, in the type of storage
@@ -42,6 +45,7 @@ keep_scale             1 / (1 - dropout_p)
 scale, softcap         of the scores; softcap None without
 window                 None without; see :func:`hf_multimax.attention.call.make_call`
 ORDER                  N
+EXACT                  whether rows have two norms: float32
 NEAR                   whether a row's constant may be lost: half precision, no sinks
 MASK_MIN               None for a boolean mask, else the value at or below which an entry masks
 MASK_BY_ROW, BIAS_..   whether they differ from query to query

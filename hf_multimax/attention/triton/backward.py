@@ -7,27 +7,17 @@ sums) and :func:`hf_multimax.attention.triton.bias.bias_kernel`, which read it.
 import triton
 import triton.language as tl
 
-from hf_multimax.attention.triton.common import (
+from hf_multimax.attention.triton.bounds import key_bounds, query_block, query_bounds
+from hf_multimax.attention.triton.memory import head_base, load_norm, load_rows, store_rows
+from hf_multimax.attention.triton.modulator import (
     LN2,
     LOG2E,
     add_sums,
-    broadcast_norm,
     clamp_constant,
-    dot,
-    dropout_keep,
-    head_base,
-    key_bounds,
-    load_affine,
-    load_modulator,
-    load_norm,
-    load_rows,
-    probabilities,
-    query_block,
-    query_bounds,
     scalar_moments,
-    store_rows,
     zero_sums,
 )
+from hf_multimax.attention.triton.scores import dot, load_head, probabilities
 
 #: a row whose largest modulated score (base 2) is beyond this may have slopes that magnify delta's rounding
 STEEP = tl.constexpr(256.0)
@@ -57,18 +47,9 @@ def _total(sums, exists):
 @triton.jit
 def dq_kernel(
     call,
-    o,
-    residual,
-    do,
+    by_row,
     dq,
-    peaks,
-    totals,
-    delta,
-    sinks,
-    s_o,
-    s_do,
     s_dq,
-    s_row,
     blocks,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -86,44 +67,39 @@ def dq_kernel(
     stream, batch, head, m0 = query_block(call, blocks, BLOCK_M)
     k = head_base(call.k, call.s_k, batch, head // call.group)
     v = head_base(call.v, call.s_v, batch, head // call.group)
-    mask = head_base(call.mask, call.s_mask, batch, head)
-    bias = head_base(call.bias, call.s_bias, batch, head)
-    modulator = load_modulator(call, head)
-    affine = load_affine(call, head)
+    own = load_head(call, batch, head)
 
     # 2. the rows' queries, gradients and norms, and delta as rounding leaves it
     rows = m0 + tl.arange(0, BLOCK_M)
     q_base = head_base(call.q, call.s_q, batch, head)
     q_tile = load_rows(q_base, m0, call.n_rows, call.s_q, BLOCK_M, call.D, call.BLOCK_D, True)
-    o_base = head_base(o, s_o, batch, head)
-    o_tile = load_rows(o_base, m0, call.n_rows, s_o, BLOCK_M, call.DV, call.BLOCK_DV, True)
-    do_base = head_base(do, s_do, batch, head)
-    do_tile = load_rows(do_base, m0, call.n_rows, s_do, BLOCK_M, call.DV, call.BLOCK_DV, True)
-    peaks = head_base(peaks, s_row, batch, head)
-    totals = head_base(totals, s_row, batch, head)
-    norm = load_norm(peaks, totals, rows, call.n_rows)
+    o_base = head_base(by_row.o, by_row.s_o, batch, head)
+    o_tile = load_rows(o_base, m0, call.n_rows, by_row.s_o, BLOCK_M, call.DV, call.BLOCK_DV, True)
+    do_base = head_base(by_row.do, by_row.s_do, batch, head)
+    do_tile = load_rows(do_base, m0, call.n_rows, by_row.s_do, BLOCK_M, call.DV, call.BLOCK_DV, True)
+    norm = load_norm(by_row, call, batch, head, rows)
     output = o_tile.to(tl.float32)
-    if residual is not None:
-        residual = head_base(residual, s_o, batch, head)
-        output += load_rows(residual, m0, call.n_rows, s_o, BLOCK_M, call.DV, call.BLOCK_DV, True).to(tl.float32)
+    if by_row.residual is not None:
+        cut = head_base(by_row.residual, by_row.s_o, batch, head)
+        cut_tile = load_rows(cut, m0, call.n_rows, by_row.s_o, BLOCK_M, call.DV, call.BLOCK_DV, True)
+        output += cut_tile.to(tl.float32)
     row_delta = tl.sum(output * do_tile.to(tl.float32), 1)
 
     kept = 1.0
-    if sinks is not None:
-        log_share = tl.load(sinks + head).to(tl.float32) * LOG2E - norm[0]
+    if by_row.sinks is not None:
+        log_share = tl.load(by_row.sinks + head).to(tl.float32) * LOG2E - norm[0]
         if len(norm) > 1:
             log_share -= norm[1]
         kept = 1.0 - tl.exp2(log_share)
 
-    EXACT: tl.constexpr = peaks is not None
-    SUM: tl.constexpr = tl.float64 if EXACT else tl.float32
-    SWEEPS: tl.constexpr = 1 if EXACT else 2
+    SUM: tl.constexpr = tl.float64 if by_row.EXACT else tl.float32
+    SWEEPS: tl.constexpr = 1 if by_row.EXACT else 2
     true_delta = row_delta.to(SUM)
     acc = tl.zeros([BLOCK_M, call.BLOCK_D], tl.float32)
     lever = tl.zeros([BLOCK_M, call.BLOCK_D], tl.float32)
     bounds = key_bounds(m0, call, BLOCK_M, BLOCK_N)
     height = tl.abs(norm[0])
-    shifted = (norm[0] - clamp_constant(modulator),) if call.NEAR else norm
+    shifted = (norm[0] - clamp_constant(own[0]),) if call.NEAR else norm
     steep = tl.max(tl.where(height < float("inf"), height, 0.0), 0) > STEEP
     # 3. over the keys: p again, its gradient, through sigma's slope to dq; once more where delta was too rough
     for sweep in tl.static_range(SWEEPS):
@@ -134,40 +110,33 @@ def dq_kernel(
             for phase in tl.static_range(3):
                 if phase > 0 or call.window is not None:
                     for n0 in range(bounds[phase], bounds[phase + 1], BLOCK_N):
-                        cols = n0 + tl.arange(0, BLOCK_N)
                         k_tile = load_rows(k, n0, call.n_cols, call.s_k, BLOCK_N, call.D, call.BLOCK_D, phase != 1)
                         v_tile = load_rows(v, n0, call.n_cols, call.s_v, BLOCK_N, call.DV, call.BLOCK_DV, phase != 1)
-                        qk = dot(q_tile, tl.trans(k_tile), call.UPCAST)
-                        p, x, y, slope, chain = probabilities(
-                            qk,
-                            broadcast_norm(shifted, False),
-                            (rows[:, None], cols[None, :], call.n_rows, call.n_cols),
-                            modulator,
-                            affine,
+                        p, _, g, _, _, slope, chain = probabilities(
+                            (q_tile, k_tile, v_tile, do_tile),
+                            shifted,
+                            row_delta,
+                            (rows, n0, stream),
                             call,
-                            mask,
-                            bias,
-                            EXACT or bias is not None,
-                            phase != 1,
-                            phase != 1,
-                            call.NEAR,
+                            own,
+                            CHECK=by_row.EXACT or call.bias is not None,
+                            EDGE=phase != 1,
+                            TAIL=phase != 1,
+                            CLAMP=call.NEAR,
+                            TRANSPOSED=False,
+                            EXACT=by_row.EXACT,
                         )
-                        dp = dot(do_tile, tl.trans(v_tile), call.UPCAST)
-                        if call.seed is not None:
-                            keep = dropout_keep(tl.load(call.seed), call.threshold, rows, n0, stream, False, BLOCK_N)
-                            dp = tl.where(keep, dp * call.keep_scale, 0.0)
-                        g = p * (dp - row_delta[:, None])
                         excess += tl.sum(g.to(SUM), 1)
                         slope *= chain[1]
                         acc += dot((g * slope).to(k_tile.dtype), k_tile, call.UPCAST)
-                        if EXACT:
+                        if by_row.EXACT:
                             lever += dot(p * slope, k_tile, call.UPCAST)
             true_delta = excess + row_delta * kept
 
     # 4. store delta for the other kernels, and dq
-    delta = head_base(delta, s_row, batch, head)
+    delta = head_base(by_row.delta, by_row.s_row, batch, head)
     tl.store(delta + rows, true_delta, mask=rows < call.n_rows)
-    if EXACT:
+    if by_row.EXACT:
         acc -= (true_delta - row_delta).to(tl.float32)[:, None] * lever
     dq_base = head_base(dq, s_dq, batch, head)
     store_rows(dq_base, m0, call.n_rows, s_dq, acc * call.scale, BLOCK_M, call.D, call.BLOCK_D)
@@ -176,17 +145,12 @@ def dq_kernel(
 @triton.jit
 def dkdv_kernel(
     call,
-    do,
+    by_row,
     dk,
     dv,
     partial,
-    peaks,
-    totals,
-    delta,
-    s_do,
     s_dk,
     s_dv,
-    s_row,
     blocks,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -197,9 +161,9 @@ def dkdv_kernel(
     Those cancel along rows but are summed along columns: in float64 where the inputs are float32.
     Tiles are held transposed, [keys, queries], so that neither product needs its left operand turned.
     """
-    SUM: tl.constexpr = tl.float32 if peaks is None else tl.float64
+    SUM: tl.constexpr = tl.float64 if by_row.EXACT else tl.float32
     AFFINE: tl.constexpr = call.affine_scale is not None
-    CHECK: tl.constexpr = peaks is not None or call.bias is not None
+    CHECK: tl.constexpr = by_row.EXACT or call.bias is not None
     COUNT: tl.constexpr = 4 * call.ORDER + 2 * (call.affine_scale is not None)
     # 1. which key head, which keys
     pid = tl.program_id(0)
@@ -215,19 +179,14 @@ def dkdv_kernel(
     acc_k = tl.zeros([BLOCK_N, call.BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, call.BLOCK_DV], tl.float32)
     bounds = query_bounds(n0, call, BLOCK_M, BLOCK_N)
-    # 2. over the query call.heads of the call.group
+    # 2. over the query heads of the group
     for member in range(call.group):
         head = key_head * call.group + member
         stream = batch * call.heads + head
         q_base = head_base(call.q, call.s_q, batch, head)
-        do_base = head_base(do, s_do, batch, head)
-        peak_base = head_base(peaks, s_row, batch, head)
-        total_base = head_base(totals, s_row, batch, head)
-        delta_base = head_base(delta, s_row, batch, head)
-        modulator = load_modulator(call, head)
-        affine = load_affine(call, head)
-        head_mask = head_base(call.mask, call.s_mask, batch, head)
-        head_bias = head_base(call.bias, call.s_bias, batch, head)
+        do_base = head_base(by_row.do, by_row.s_do, batch, head)
+        delta_base = head_base(by_row.delta, by_row.s_row, batch, head)
+        own = load_head(call, batch, head)
         sums = zero_sums(BLOCK_N, SUM, COUNT)
         # 3. over the queries: p and its gradient again, to dv, dk and the scalars' sums
         for phase in tl.static_range(3):
@@ -235,43 +194,32 @@ def dkdv_kernel(
                 for m0 in range(bounds[phase], bounds[phase + 1], BLOCK_M):
                     rows = m0 + tl.arange(0, BLOCK_M)
                     q_tile = load_rows(q_base, m0, call.n_rows, call.s_q, BLOCK_M, call.D, call.BLOCK_D, True)
-                    do_tile = load_rows(do_base, m0, call.n_rows, s_do, BLOCK_M, call.DV, call.BLOCK_DV, True)
-                    norm = load_norm(peak_base, total_base, rows, call.n_rows)
+                    do_tile = load_rows(do_base, m0, call.n_rows, by_row.s_do, BLOCK_M, call.DV, call.BLOCK_DV, True)
+                    norm = load_norm(by_row, call, batch, head, rows)
                     row_delta = tl.load(delta_base + rows, mask=rows < call.n_rows, other=0.0)
-                    if peaks is None:
-                        qk = dot(k_tile, tl.trans(q_tile), call.UPCAST)
-                        dp = dot(v_tile, tl.trans(do_tile), call.UPCAST)
-                    else:  # float32: the other kernels' products to the last bit, since steep slopes magnify them
-                        qk = tl.trans(dot(q_tile, tl.trans(k_tile), call.UPCAST))
-                        dp = tl.trans(dot(do_tile, tl.trans(v_tile), call.UPCAST))
-                    p, x, y, slope, chain = probabilities(
-                        qk,
-                        broadcast_norm(norm, True),
-                        (rows[None, :], cols[:, None], call.n_rows, call.n_cols),
-                        modulator,
-                        affine,
+                    _, used, g, x, y, slope, chain = probabilities(
+                        (q_tile, k_tile, v_tile, do_tile),
+                        norm,
+                        row_delta,
+                        (rows, n0, stream),
                         call,
-                        head_mask,
-                        head_bias,
-                        CHECK,
-                        phase != 1,
-                        False,
+                        own,
+                        CHECK=CHECK,
+                        EDGE=phase != 1,
+                        TAIL=False,
+                        CLAMP=False,
+                        TRANSPOSED=True,
+                        EXACT=by_row.EXACT,
                     )
-                    used = p
-                    if call.seed is not None:
-                        keep = dropout_keep(tl.load(call.seed), call.threshold, rows, n0, stream, True, BLOCK_N)
-                        dp = tl.where(keep, dp * call.keep_scale, 0.0)
-                        used = tl.where(keep, p * call.keep_scale, 0.0)
                     acc_v += dot(used.to(do_tile.dtype), do_tile, call.UPCAST)
-                    g = p * (dp - row_delta[None, :])
                     ds = g * slope * chain[1]
                     acc_k += dot(ds.to(q_tile.dtype), q_tile, call.UPCAST)
                     if partial is not None:
-                        moments = scalar_moments(g, x, y, slope, modulator, SUM, AFFINE, call.ORDER, CHECK)
+                        moments = scalar_moments(g, x, y, slope, own[0], SUM, AFFINE, call.ORDER, CHECK)
                         sums = add_sums(sums, moments, COUNT)
         if partial is not None:
             place = (tl.cast(stream, tl.int64) * blocks + pid % blocks) * COUNT
-            _store_scalar_gradients(partial + place, sums, cols < call.n_cols, modulator, AFFINE, call.ORDER)
+            _store_scalar_gradients(partial + place, sums, cols < call.n_cols, own[0], AFFINE, call.ORDER)
 
     # 4. store
     dk_base = head_base(dk, s_dk, batch, key_head)

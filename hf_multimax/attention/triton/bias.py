@@ -3,31 +3,17 @@
 import triton
 import triton.language as tl
 
-from hf_multimax.attention.triton.common import (
-    broadcast_norm,
-    dot,
-    dropout_keep,
-    head_base,
-    load_affine,
-    load_modulator,
-    load_norm,
-    load_rows,
-    probabilities,
-    query_bounds,
-)
+from hf_multimax.attention.triton.bounds import query_bounds
+from hf_multimax.attention.triton.memory import head_base, load_norm, load_rows
+from hf_multimax.attention.triton.scores import load_head, probabilities
 
 
 @triton.jit
 def bias_kernel(
     call,
-    do,
+    by_row,
     dbias,
-    peaks,
-    totals,
-    delta,
-    s_do,
     s_dbias,
-    s_row,
     batches,
     row_blocks,
     col_blocks,
@@ -73,46 +59,36 @@ def bias_kernel(
         for head in range(head_lo, head_hi):
             stream = batch * call.heads + head
             q_base = head_base(call.q, call.s_q, batch, head)
-            do_base = head_base(do, s_do, batch, head)
+            do_base = head_base(by_row.do, by_row.s_do, batch, head)
             k_base = head_base(call.k, call.s_k, batch, head // call.group)
             v_base = head_base(call.v, call.s_v, batch, head // call.group)
-            peak_base = head_base(peaks, s_row, batch, head)
-            total_base = head_base(totals, s_row, batch, head)
-            delta_base = head_base(delta, s_row, batch, head)
-            modulator = load_modulator(call, head)
-            affine = load_affine(call, head)
-            head_bias = head_base(call.bias, call.s_bias, batch, head)
-            head_mask = head_base(call.mask, call.s_mask, batch, head)
+            delta_base = head_base(by_row.delta, by_row.s_row, batch, head)
+            own = load_head(call, batch, head)
             for n0 in range(col_lo, col_hi, BLOCK_N):
-                cols = n0 + tl.arange(0, BLOCK_N)
                 k_tile = load_rows(k_base, n0, call.n_cols, call.s_k, BLOCK_N, call.D, call.BLOCK_D, True)
                 v_tile = load_rows(v_base, n0, call.n_cols, call.s_v, BLOCK_N, call.DV, call.BLOCK_DV, True)
                 visible = query_bounds(n0, call, BLOCK_M, BLOCK_N)
                 for m0 in range(tl.maximum(row_lo, visible[0]), tl.minimum(row_hi, visible[3]), BLOCK_M):
                     rows = m0 + tl.arange(0, BLOCK_M)
                     q_tile = load_rows(q_base, m0, call.n_rows, call.s_q, BLOCK_M, call.D, call.BLOCK_D, True)
-                    do_tile = load_rows(do_base, m0, call.n_rows, s_do, BLOCK_M, call.DV, call.BLOCK_DV, True)
-                    norm = load_norm(peak_base, total_base, rows, call.n_rows)
+                    do_tile = load_rows(do_base, m0, call.n_rows, by_row.s_do, BLOCK_M, call.DV, call.BLOCK_DV, True)
+                    norm = load_norm(by_row, call, batch, head, rows)
                     row_delta = tl.load(delta_base + rows, mask=rows < call.n_rows, other=0.0)
-                    qk = dot(q_tile, tl.trans(k_tile), call.UPCAST)
-                    p, x, y, slope, chain = probabilities(
-                        qk,
-                        broadcast_norm(norm, False),
-                        (rows[:, None], cols[None, :], call.n_rows, call.n_cols),
-                        modulator,
-                        affine,
+                    _, _, g, _, _, slope, chain = probabilities(
+                        (q_tile, k_tile, v_tile, do_tile),
+                        norm,
+                        row_delta,
+                        (rows, n0, stream),
                         call,
-                        head_mask,
-                        head_bias,
-                        True,
-                        True,
-                        True,
+                        own,
+                        CHECK=True,
+                        EDGE=True,
+                        TAIL=True,
+                        CLAMP=False,
+                        TRANSPOSED=False,
+                        EXACT=False,
                     )
-                    dp = dot(do_tile, tl.trans(v_tile), call.UPCAST)
-                    if call.seed is not None:
-                        keep = dropout_keep(tl.load(call.seed), call.threshold, rows, n0, stream, False, BLOCK_N)
-                        dp = tl.where(keep, dp * call.keep_scale, 0.0)
-                    acc += (p * (dp - row_delta[:, None]) * slope * chain[0]).to(tl.float32)
+                    acc += (g * slope * chain[0]).to(tl.float32)
 
     rows = row_lo + tl.arange(0, BLOCK_M)
     cols = col_lo + tl.arange(0, BLOCK_N)

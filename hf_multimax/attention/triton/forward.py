@@ -7,36 +7,16 @@ probabilities vanish there.
 import triton
 import triton.language as tl
 
-from hf_multimax.attention.triton.common import (
-    LOG2E,
-    apply_affine,
-    clamp_constant,
-    dot,
-    dropout_keep,
-    head_base,
-    key_bounds,
-    load_affine,
-    load_modulator,
-    load_rows,
-    mask_scores,
-    modulate,
-    query_block,
-    scores,
-    store_norm,
-    store_rounded,
-)
+from hf_multimax.attention.triton.bounds import key_bounds, query_block
+from hf_multimax.attention.triton.memory import head_base, load_rows, store_norm, store_rounded
+from hf_multimax.attention.triton.modulator import LOG2E, clamp_constant
+from hf_multimax.attention.triton.scores import dot, dropout_keep, load_head, modulated_scores, places, softmax_step
 
 
 @triton.jit
 def forward_kernel(
     call,
-    o,
-    residual,
-    peaks,
-    totals,
-    sinks,
-    s_o,
-    s_row,
+    by_row,
     blocks,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -46,12 +26,9 @@ def forward_kernel(
     stream, batch, head, m0 = query_block(call, blocks, BLOCK_M)
     k = head_base(call.k, call.s_k, batch, head // call.group)
     v = head_base(call.v, call.s_v, batch, head // call.group)
-    mask = head_base(call.mask, call.s_mask, batch, head)
-    bias = head_base(call.bias, call.s_bias, batch, head)
-    modulator = load_modulator(call, head)
-    affine = load_affine(call, head)
-    left_out = clamp_constant(modulator) if call.NEAR else 0.0
-    CHECK: tl.constexpr = bias is not None or peaks is not None
+    own = load_head(call, batch, head)
+    left_out = clamp_constant(own[0]) if call.NEAR else 0.0
+    CHECK: tl.constexpr = call.bias is not None or by_row.EXACT
 
     # 2. the queries, and an empty softmax (with the sink in it)
     rows = m0 + tl.arange(0, BLOCK_M)
@@ -60,8 +37,8 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, call.BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+    if by_row.sinks is not None:
+        sink = tl.load(by_row.sinks + head).to(tl.float32) * LOG2E
         peak = tl.full([BLOCK_M], 0.0, tl.float32) + sink
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
 
@@ -71,35 +48,24 @@ def forward_kernel(
     for phase in tl.static_range(3):
         if phase > 0 or call.window is not None:
             for n0 in range(bounds[phase], bounds[phase + 1], BLOCK_N):
-                cols = n0 + tl.arange(0, BLOCK_N)
                 k_tile = load_rows(k, n0, call.n_cols, call.s_k, BLOCK_N, call.D, call.BLOCK_D, phase != 1)
                 qk = dot(q_tile, tl.trans(k_tile), call.UPCAST)
-                where = (rows[:, None], cols[None, :], call.n_rows, call.n_cols)
-                y, _ = scores(qk, where, call, bias)
-                z = modulate(apply_affine(y, affine), modulator, call.ORDER, call.NEAR)
-                z = mask_scores(z, y, where, call, mask, CHECK, phase != 1, phase != 1)
-                new_peak = tl.maximum(peak, tl.max(z, 1))
-                # a row that has seen nothing yet: any finite reference avoids inf - inf
-                reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-                p = tl.exp2(z - reference[:, None])
-                shrink = tl.exp2(peak - reference)
-                total = total * shrink + tl.sum(p, 1)
+                where = places(rows, n0, BLOCK_N, False)
+                z, _, _, _ = modulated_scores(qk, where, call, own, CHECK, phase != 1, phase != 1, call.NEAR)
+                p, shrink, peak, total = softmax_step(z, peak, total)
                 if call.seed is not None:
                     keep = dropout_keep(tl.load(call.seed), call.threshold, rows, n0, stream, False, BLOCK_N)
                     p = tl.where(keep, p, 0.0)
                 v_tile = load_rows(v, n0, call.n_cols, call.s_v, BLOCK_N, call.DV, call.BLOCK_DV, phase != 1)
                 acc = acc * shrink[:, None] + dot(p.to(v_tile.dtype), v_tile, call.UPCAST)
-                peak = new_peak
 
     # 4. divide, store the rows and what they were divided by
     empty = total == 0.0
     acc *= (call.keep_scale / tl.where(empty, 1.0, total))[:, None]
-    o_base = head_base(o, s_o, batch, head)
-    residual = head_base(residual, s_o, batch, head)
-    store_rounded(o_base, m0, call.n_rows, s_o, acc, residual, BLOCK_M, call.DV, call.BLOCK_DV)
-    peaks = head_base(peaks, s_row, batch, head)
-    totals = head_base(totals, s_row, batch, head)
-    store_norm(peaks, totals, rows, rows < call.n_rows, peak + left_out, total)
+    o_base = head_base(by_row.o, by_row.s_o, batch, head)
+    residual = head_base(by_row.residual, by_row.s_o, batch, head)
+    store_rounded(o_base, m0, call.n_rows, by_row.s_o, acc, residual, BLOCK_M, call.DV, call.BLOCK_DV)
+    store_norm(by_row, batch, head, rows, rows < call.n_rows, peak + left_out, total)
 
 
 @triton.jit
@@ -131,10 +97,7 @@ def decode_kernel(
     exists = packed < call.group * call.n_rows
     rows = packed % call.n_rows
     head = tl.minimum(key_head * call.group + packed // call.n_rows, call.heads - 1)
-    mask = head_base(call.mask, call.s_mask, batch, head[:, None])
-    bias = head_base(call.bias, call.s_bias, batch, head[:, None])
-    modulator = load_modulator(call, head[:, None])
-    affine = load_affine(call, head[:, None])
+    own = load_head(call, batch, head[:, None])
 
     # 2. the queries, and an empty softmax
     depth = tl.arange(0, call.BLOCK_D)
@@ -150,24 +113,15 @@ def decode_kernel(
     share = tl.cdiv(tl.cdiv(band[3] - band[0], BLOCK_N), splits) * BLOCK_N
     lo = band[0] + split * share
     for n0 in range(lo, tl.minimum(lo + share, band[3]), BLOCK_N):
-        cols = n0 + tl.arange(0, BLOCK_N)
         k_tile = load_rows(k, n0, call.n_cols, call.s_k, BLOCK_N, call.D, call.BLOCK_D, True)
         qk = dot(q_tile, tl.trans(k_tile), call.UPCAST)
-        where = (rows[:, None], cols[None, :], call.n_rows, call.n_cols)
-        y, _ = scores(qk, where, call, bias)
-        z = modulate(apply_affine(y, affine), modulator, call.ORDER)
-        z = mask_scores(z, y, where, call, mask, True, True, True)
-        new_peak = tl.maximum(peak, tl.max(z, 1))
-        reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = tl.exp2(z - reference[:, None])
-        shrink = tl.exp2(peak - reference)
-        total = total * shrink + tl.sum(p, 1)
+        z, _, _, _ = modulated_scores(qk, places(rows, n0, BLOCK_N, False), call, own, True, True, True)
+        p, shrink, peak, total = softmax_step(z, peak, total)
         if call.seed is not None:
             keep = dropout_keep(tl.load(call.seed), call.threshold, rows, n0, batch * call.heads + head, False, BLOCK_N)
             p = tl.where(keep, p, 0.0)
         v_tile = load_rows(v, n0, call.n_cols, call.s_v, BLOCK_N, call.DV, call.BLOCK_DV, True)
         acc = acc * shrink[:, None] + dot(p.to(v_tile.dtype), v_tile, call.UPCAST)
-        peak = new_peak
 
     # 4. store what combine_kernel joins
     place = (tl.cast(batch * call.heads + head, tl.int64) * call.n_rows + rows) * splits + split
@@ -181,52 +135,40 @@ def decode_kernel(
 
 @triton.jit
 def combine_kernel(
+    call,
+    by_row,
     partial,
     split_peaks,
     split_totals,
-    o,
-    residual,
-    peaks,
-    totals,
-    sinks,
-    s_o,
-    heads,
-    n_rows,
     splits,
-    keep_scale,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """One program per query row: join its splits and its sink, and normalise."""
     pid = tl.cast(tl.program_id(0), tl.int64)
-    batch, head, row = pid // n_rows // heads, pid // n_rows % heads, pid % n_rows
+    batch, head, row = pid // call.n_rows // call.heads, pid // call.n_rows % call.heads, pid % call.n_rows
     split = tl.arange(0, BLOCK_S)
     place = pid * splits + split
     peak = tl.load(split_peaks + place, mask=split < splits, other=float("-inf"))
     total = tl.load(split_totals + place, mask=split < splits, other=0.0)
     top = tl.max(peak, 0)
-    if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+    if by_row.sinks is not None:
+        sink = tl.load(by_row.sinks + head).to(tl.float32) * LOG2E
         top = tl.maximum(top, sink)
     reference = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp2(peak - reference)
     total = tl.sum(total * weight, 0)
-    if sinks is not None:
+    if by_row.sinks is not None:
         total += tl.exp2(sink - reference)
     empty = total == 0.0
 
-    depth = tl.arange(0, BLOCK_DV)
+    depth = tl.arange(0, call.BLOCK_DV)
     tile = tl.load(
-        partial + place[:, None] * DV + depth[None, :],
-        mask=(split[:, None] < splits) & (depth[None, :] < DV),
+        partial + place[:, None] * call.DV + depth[None, :],
+        mask=(split[:, None] < splits) & (depth[None, :] < call.DV),
         other=0.0,
     )
-    out = tl.sum(tile * weight[:, None], 0) * (keep_scale / tl.where(empty, 1.0, total))
-    base = o + batch * s_o[0] + head * s_o[1] + row * s_o[2]
-    rounded = out.to(o.dtype.element_ty)
-    tl.store(base + depth * s_o[3], rounded, mask=depth < DV)
-    if residual is not None:
-        base = residual + batch * s_o[0] + head * s_o[1] + row * s_o[2]
-        tl.store(base + depth * s_o[3], (out - rounded.to(tl.float32)).to(o.dtype.element_ty), mask=depth < DV)
-    store_norm(peaks, totals, pid, True, reference, total)
+    out = tl.sum(tile * weight[:, None], 0) * (call.keep_scale / tl.where(empty, 1.0, total))
+    o_base = head_base(by_row.o, by_row.s_o, batch, head)
+    residual = head_base(by_row.residual, by_row.s_o, batch, head)
+    store_rounded(o_base, row, row + 1, by_row.s_o, out[None, :], residual, 1, call.DV, call.BLOCK_DV)
+    store_norm(by_row, batch, head, row, True, reference, total)

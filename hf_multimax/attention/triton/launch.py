@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hf_multimax.attention.call import Call
 from hf_multimax.attention.operators import fitted
+from hf_multimax.attention.triton.arguments import Inputs, Rows
 from hf_multimax.attention.triton.backward import dkdv_kernel, dq_kernel
 from hf_multimax.attention.triton.bias import bias_kernel
-from hf_multimax.attention.triton.common import Inputs
 from hf_multimax.attention.triton.forward import combine_kernel, decode_kernel, forward_kernel
 
 __all__ = ["Tile", "backward", "forward", "tile"]
@@ -95,7 +95,7 @@ def inputs_of(call: Call) -> Inputs:
         n_cols=n_cols,
         # the 32 random bits of a dropped score are below this, read as a signed number
         threshold=min(int(call.dropout_p * 2**32) - 2**31, 2**31 - 1),
-        keep_scale=_keep_scale(call),
+        keep_scale=1.0 / (1.0 - call.dropout_p),
         scale=call.scale,
         softcap=call.softcap or None,
         # one that hides nothing costs nothing
@@ -145,9 +145,10 @@ def forward(call: Call, o: Tensor, residual: Tensor | None, norms: Tensor) -> No
     """
     if not call.q.numel():
         return
+    rows = _rows(call, o, residual, norms)
     with torch.cuda.device_of(call.q):
         run = _decode if call.q.shape[2] <= _DECODE_QUERIES and call.k.shape[2] >= _DECODE_KEYS else _forward
-        run(call, o, residual, norms)
+        run(call, rows)
 
 
 def backward(
@@ -162,6 +163,7 @@ def backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.q, call.k, call.v))
     dbias = torch.zeros_like(call.bias, memory_format=torch.contiguous_format) if wanted["bias"] else None
     delta = torch.zeros_like(norms[0], dtype=_sum_type(call))
+    rows = _rows(call, o, residual, norms)._replace(do=do, s_do=do.stride(), delta=delta)
     size = call.ranges.shape[-1]
     scalars = torch.zeros(call.q.shape[1], 2 * size + 2, dtype=torch.float64, device=call.q.device)
     if not call.q.numel():
@@ -169,13 +171,13 @@ def backward(
         dv.zero_()
     else:
         with torch.cuda.device_of(call.q):
-            _dq(call, do, o, residual, norms, dq, delta)
+            _dq(call, rows, dq)
             if wanted["k"] or wanted["v"] or need_scalars:
-                partial = _dkdv(call, do, norms, delta, dk, dv, need_scalars)
+                partial = _dkdv(call, rows, dk, dv, need_scalars)
                 if partial is not None:
                     scalars[:, : partial.shape[-1]] = partial.sum((0, 2), dtype=torch.float64)
             if dbias is not None:
-                _dbias(call, do, norms, delta, dbias)
+                _dbias(call, rows, dbias)
     found = (
         dq, dk, dv, scalars[:, :size], scalars[:, size : 2 * size], None, dbias, scalars[:, 2 * size],
         scalars[:, 2 * size + 1], None if call.sinks is None else _sink_gradient(call.sinks, norms, delta),
@@ -186,86 +188,35 @@ def backward(
 # --- launches ----------------------------------------------------------------------------------------------------
 
 
-def _forward(call: Call, o: Tensor, residual: Tensor | None, norms: Tensor) -> None:
+def _forward(call: Call, rows: Rows) -> None:
     inputs, t = _inputs_and_tile(call, "forward" if call.q.shape[2] > 64 else "short")
     blocks = triton.cdiv(call.q.shape[2], t.m)
-    forward_kernel[(blocks * call.q.shape[1] * call.q.shape[0],)](
-        inputs,
-        o=o,
-        residual=residual,
-        peaks=_peaks(norms),
-        totals=norms[-1],
-        sinks=call.sinks,
-        s_o=o.stride(),
-        s_row=norms[0].stride(),
-        blocks=blocks,
-        **_options(t),
-    )
+    forward_kernel[(blocks * call.q.shape[1] * call.q.shape[0],)](inputs, rows, blocks=blocks, **_options(t))
 
 
-def _decode(call: Call, o: Tensor, residual: Tensor | None, norms: Tensor) -> None:
+def _decode(call: Call, rows: Rows) -> None:
     inputs, t = _inputs_and_tile(call, "decode")
     batch, heads, n_rows, _ = call.q.shape
     blocks = triton.cdiv(inputs.group * n_rows, t.m)
     programs = batch * call.k.shape[1] * blocks
     splits = max(1, min(_MAX_SPLITS, 2 * _multiprocessors(call.q.device) // programs, call.k.shape[2] // (2 * t.n)))
-    d_v = call.v.shape[-1]
-    partial = torch.empty(batch, heads, n_rows, splits, d_v, dtype=torch.float32, device=call.q.device)
+    partial = torch.empty(batch, heads, n_rows, splits, call.v.shape[-1], dtype=torch.float32, device=call.q.device)
     peaks, totals = torch.empty(2, batch, heads, n_rows, splits, dtype=torch.float32, device=call.q.device)
     decode_kernel[(programs * splits,)](
-        inputs,
-        partial=partial,
-        split_peaks=peaks,
-        split_totals=totals,
-        blocks=blocks,
-        splits=splits,
-        **_options(t),
+        inputs, partial=partial, split_peaks=peaks, split_totals=totals, blocks=blocks, splits=splits, **_options(t)
     )
     combine_kernel[(batch * heads * n_rows,)](
-        partial=partial,
-        split_peaks=peaks,
-        split_totals=totals,
-        o=o,
-        residual=residual,
-        peaks=_peaks(norms),
-        totals=norms[-1],
-        sinks=call.sinks,
-        s_o=o.stride(),
-        heads=heads,
-        n_rows=n_rows,
-        splits=splits,
-        keep_scale=_keep_scale(call),
-        DV=d_v,
-        BLOCK_DV=_padded(d_v),
-        BLOCK_S=triton.next_power_of_2(splits),
+        inputs, rows, partial, peaks, totals, splits, BLOCK_S=triton.next_power_of_2(splits)
     )
 
 
-def _dq(call: Call, do: Tensor, o: Tensor, residual: Tensor | None, norms: Tensor, dq: Tensor, delta: Tensor) -> None:
+def _dq(call: Call, rows: Rows, dq: Tensor) -> None:
     inputs, t = _inputs_and_tile(call, "dq")
     blocks, heads = triton.cdiv(call.q.shape[2], t.m), call.q.shape[1]
-    dq_kernel[(blocks * heads * call.q.shape[0],)](
-        inputs,
-        o=o,
-        residual=residual,
-        do=do,
-        dq=dq,
-        peaks=_peaks(norms),
-        totals=norms[-1],
-        delta=delta,
-        sinks=call.sinks,
-        s_o=o.stride(),
-        s_do=do.stride(),
-        s_dq=dq.stride(),
-        s_row=norms[0].stride(),
-        blocks=blocks,
-        **_options(t),
-    )
+    dq_kernel[(blocks * heads * call.q.shape[0],)](inputs, rows, dq=dq, s_dq=dq.stride(), blocks=blocks, **_options(t))
 
 
-def _dkdv(
-    call: Call, do: Tensor, norms: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, need_scalars: bool
-) -> Tensor | None:
+def _dkdv(call: Call, rows: Rows, dk: Tensor, dv: Tensor, need_scalars: bool) -> Tensor | None:
     """Fill ``dk`` and ``dv``; the scalars' partial sums ``[B, H, blocks, 4N (+ 2)]`` if needed."""
     inputs, t = _inputs_and_tile(call, "dkdv")
     blocks = triton.cdiv(call.k.shape[2], t.n)
@@ -279,38 +230,28 @@ def _dkdv(
         )
     dkdv_kernel[(blocks * call.k.shape[1] * call.q.shape[0],)](
         inputs,
-        do=do,
+        rows,
         dk=dk,
         dv=dv,
         partial=partial,
-        peaks=_peaks(norms),
-        totals=norms[-1],
-        delta=delta,
-        s_do=do.stride(),
         s_dk=dk.stride(),
         s_dv=dv.stride(),
-        s_row=norms[0].stride(),
         blocks=blocks,
         **_options(t),
     )
     return partial
 
 
-def _dbias(call: Call, do: Tensor, norms: Tensor, delta: Tensor, dbias: Tensor) -> None:
+def _dbias(call: Call, rows: Rows, dbias: Tensor) -> None:
     inputs, t = _inputs_and_tile(call, "bias")
     full = dbias.view((1,) * (4 - dbias.ndim) + dbias.shape)
     batch, heads, n_rows, n_cols = full.shape
     row_blocks, col_blocks = triton.cdiv(n_rows, t.m), triton.cdiv(n_cols, t.n)
     bias_kernel[(batch * heads * row_blocks * col_blocks,)](
         inputs,
-        do=do,
+        rows,
         dbias=full,
-        peaks=_peaks(norms),
-        totals=norms[-1],
-        delta=delta,
-        s_do=do.stride(),
         s_dbias=full.stride(),
-        s_row=norms[0].stride(),
         batches=call.q.shape[0],
         row_blocks=row_blocks,
         col_blocks=col_blocks,
@@ -333,17 +274,27 @@ def _order(call: Call) -> int:
     return call.ranges.shape[-1] // 2
 
 
-def _keep_scale(call: Call) -> float:
-    return 1.0 / (1.0 - call.dropout_p)
-
-
 def _sum_type(call: Call) -> torch.dtype:
     """Type of delta and of the scalars' partial sums."""
     return torch.float64 if call.q.dtype == torch.float32 else torch.float32
 
 
-def _peaks(norms: Tensor) -> Tensor | None:
-    return norms[0] if len(norms) == 2 else None
+def _rows(call: Call, o: Tensor, residual: Tensor | None, norms: Tensor) -> Rows:
+    """The rows of a forward pass."""
+    exact = len(norms) == 2
+    return Rows(
+        o=o,
+        residual=residual,
+        do=None,
+        peaks=norms[0] if exact else None,
+        totals=norms[-1],
+        delta=None,
+        sinks=call.sinks,
+        s_o=o.stride(),
+        s_do=None,
+        s_row=norms[0].stride(),
+        EXACT=tl.constexpr(exact),
+    )
 
 
 def _inputs_and_tile(call: Call, kernel: str) -> tuple[Inputs, Tile]:
