@@ -167,3 +167,18 @@ def test_recipes_and_benchmarks_use_public_names_only():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_multimax"):
                 assert not any(alias.name.startswith("_") for alias in node.names), path
+
+
+def test_functions_have_at_most_ten_parameters():
+    root = PACKAGE.parent
+    files = [path for folder in ("hf_multimax", "recipes", "benchmarks") for path in (root / folder).rglob("*.py")]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_triton_kernel(node):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                given = [argument for argument in given if argument.arg not in ("self", "cls")]
+                assert len(given) + bool(node.args.vararg) + bool(node.args.kwarg) <= 10, f"{path}: {node.name}"
+
+
+def is_triton_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)

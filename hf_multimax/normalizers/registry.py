@@ -168,12 +168,10 @@ def register_normalizer(
     if name in _REGISTRY:
         raise ValueError(f"a normalizer called {name!r} is registered already")
     found = _signature_options(name, function)
-    options = found if options is None else options
-    build = functools.partial(_build_from_function, name) if module is None else module
     _REGISTRY[name] = NormalizerSpec(
         name,
         function,
-        build,
+        functools.partial(_build_from_function, name) if module is None else module,
         citation,
         modulates_output,
         found if options is None else options,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from hf_multimax.attention.triton.bounds import key_bounds, query_block, query_bounds
-from hf_multimax.attention.triton.memory import head_base, load_norm, load_rows, store_rows
+from hf_multimax.attention.triton.memory import head_base, load_norm, load_queries, load_rows, store_rows
 from hf_multimax.attention.triton.modulator import (
     LN2,
     LOG2E,
@@ -183,33 +183,16 @@ def dkdv_kernel(
     for member in range(call.group):
         head = key_head * call.group + member
         stream = batch * call.heads + head
-        q_base = head_base(call.q, call.s_q, batch, head)
-        do_base = head_base(by_row.do, by_row.s_do, batch, head)
-        delta_base = head_base(by_row.delta, by_row.s_row, batch, head)
         own = load_head(call, batch, head)
         sums = zero_sums(BLOCK_N, SUM, COUNT)
         # 3. over the queries: p and its gradient again, to dv, dk and the scalars' sums
         for phase in tl.static_range(3):
             if phase == 1 or call.window is not None or (phase == 0 and call.CAUSAL):
                 for m0 in range(bounds[phase], bounds[phase + 1], BLOCK_M):
-                    rows = m0 + tl.arange(0, BLOCK_M)
-                    q_tile = load_rows(q_base, m0, call.n_rows, call.s_q, BLOCK_M, call.D, call.BLOCK_D, True)
-                    do_tile = load_rows(do_base, m0, call.n_rows, by_row.s_do, BLOCK_M, call.DV, call.BLOCK_DV, True)
-                    norm = load_norm(by_row, call, batch, head, rows)
-                    row_delta = tl.load(delta_base + rows, mask=rows < call.n_rows, other=0.0)
+                    rows, q_tile, do_tile, norm, row_delta = load_queries(call, by_row, batch, head, m0, BLOCK_M)
+                    tiles, place = (q_tile, k_tile, v_tile, do_tile), (rows, n0, stream)
                     _, used, g, x, y, slope, chain = probabilities(
-                        (q_tile, k_tile, v_tile, do_tile),
-                        norm,
-                        row_delta,
-                        (rows, n0, stream),
-                        call,
-                        own,
-                        CHECK=CHECK,
-                        EDGE=phase != 1,
-                        TAIL=False,
-                        CLAMP=False,
-                        TRANSPOSED=True,
-                        EXACT=by_row.EXACT,
+                        tiles, norm, row_delta, place, call, own, CHECK, phase != 1, False, False, True, by_row.EXACT
                     )
                     acc_v += dot(used.to(do_tile.dtype), do_tile, call.UPCAST)
                     ds = g * slope * chain[1]
@@ -218,8 +201,8 @@ def dkdv_kernel(
                         moments = scalar_moments(g, x, y, slope, own[0], SUM, AFFINE, call.ORDER, CHECK)
                         sums = add_sums(sums, moments, COUNT)
         if partial is not None:
-            place = (tl.cast(stream, tl.int64) * blocks + pid % blocks) * COUNT
-            _store_scalar_gradients(partial + place, sums, cols < call.n_cols, own[0], AFFINE, call.ORDER)
+            own_part = partial + (tl.cast(stream, tl.int64) * blocks + pid % blocks) * COUNT
+            _store_scalar_gradients(own_part, sums, cols < call.n_cols, own[0], AFFINE, call.ORDER)
 
     # 4. store
     dk_base = head_base(dk, s_dk, batch, key_head)

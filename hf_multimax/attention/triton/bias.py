@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from hf_multimax.attention.triton.bounds import query_bounds
-from hf_multimax.attention.triton.memory import head_base, load_norm, load_rows
+from hf_multimax.attention.triton.memory import head_base, load_queries, load_rows
 from hf_multimax.attention.triton.scores import load_head, probabilities
 
 
@@ -58,35 +58,18 @@ def bias_kernel(
     for batch in range(batch_lo, batch_hi):
         for head in range(head_lo, head_hi):
             stream = batch * call.heads + head
-            q_base = head_base(call.q, call.s_q, batch, head)
-            do_base = head_base(by_row.do, by_row.s_do, batch, head)
             k_base = head_base(call.k, call.s_k, batch, head // call.group)
             v_base = head_base(call.v, call.s_v, batch, head // call.group)
-            delta_base = head_base(by_row.delta, by_row.s_row, batch, head)
             own = load_head(call, batch, head)
             for n0 in range(col_lo, col_hi, BLOCK_N):
                 k_tile = load_rows(k_base, n0, call.n_cols, call.s_k, BLOCK_N, call.D, call.BLOCK_D, True)
                 v_tile = load_rows(v_base, n0, call.n_cols, call.s_v, BLOCK_N, call.DV, call.BLOCK_DV, True)
                 visible = query_bounds(n0, call, BLOCK_M, BLOCK_N)
                 for m0 in range(tl.maximum(row_lo, visible[0]), tl.minimum(row_hi, visible[3]), BLOCK_M):
-                    rows = m0 + tl.arange(0, BLOCK_M)
-                    q_tile = load_rows(q_base, m0, call.n_rows, call.s_q, BLOCK_M, call.D, call.BLOCK_D, True)
-                    do_tile = load_rows(do_base, m0, call.n_rows, by_row.s_do, BLOCK_M, call.DV, call.BLOCK_DV, True)
-                    norm = load_norm(by_row, call, batch, head, rows)
-                    row_delta = tl.load(delta_base + rows, mask=rows < call.n_rows, other=0.0)
+                    rows, q_tile, do_tile, norm, row_delta = load_queries(call, by_row, batch, head, m0, BLOCK_M)
+                    tiles, place = (q_tile, k_tile, v_tile, do_tile), (rows, n0, stream)
                     _, _, g, _, _, slope, chain = probabilities(
-                        (q_tile, k_tile, v_tile, do_tile),
-                        norm,
-                        row_delta,
-                        (rows, n0, stream),
-                        call,
-                        own,
-                        CHECK=True,
-                        EDGE=True,
-                        TAIL=True,
-                        CLAMP=False,
-                        TRANSPOSED=False,
-                        EXACT=False,
+                        tiles, norm, row_delta, place, call, own, True, True, True, False, False, False
                     )
                     acc += (g * slope * chain[0]).to(tl.float32)
 

@@ -92,3 +92,16 @@ def store_norm(by_row, batch, head, rows, exists, peak, total):
         tl.store(peaks + rows, tl.where(empty, 0.0, peak), mask=exists)
     totals = head_base(by_row.totals, by_row.s_row, batch, head)
     tl.store(totals + rows, tl.where(empty, float("inf"), log), mask=exists)
+
+
+@triton.jit
+def load_queries(call, by_row, batch, head, m0, BLOCK_M: tl.constexpr):
+    """What the queries from ``m0`` have in the backward pass: (numbers, q, gradient of the output, norm, delta)."""
+    rows = m0 + tl.arange(0, BLOCK_M)
+    q = head_base(call.q, call.s_q, batch, head)
+    do = head_base(by_row.do, by_row.s_do, batch, head)
+    delta = head_base(by_row.delta, by_row.s_row, batch, head)
+    q_tile = load_rows(q, m0, call.n_rows, call.s_q, BLOCK_M, call.D, call.BLOCK_D, True)
+    do_tile = load_rows(do, m0, call.n_rows, by_row.s_do, BLOCK_M, call.DV, call.BLOCK_DV, True)
+    norm = load_norm(by_row, call, batch, head, rows)
+    return rows, q_tile, do_tile, norm, tl.load(delta + rows, mask=rows < call.n_rows, other=0.0)
