@@ -656,6 +656,7 @@ def no_attention():
         (no_attention, {}, "MambaForCausalLM.*has no attention layer"),
         (stock, {"include": "nothing"}, "'nothing' matches no attention layer"),
         (stock, {"target_modules": ["mlp"]}, r"target_modules=\['mlp'\] matches no attention layer.*h.0.attn"),
+        (stock, {"target_modules": "(h.0"}, r"target_modules=.\(h.0. is no regular expression"),
         (lambda: make("GPT2DoubleHeadsModel"), {"output": True}, "output=True does not support"),
         (lambda: patch_model(stock()), {"output": True}, "scalars in multimax_output"),
         (lambda: torch.nn.Linear(2, 2), {}, "needs a Transformers model"),

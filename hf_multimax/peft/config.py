@@ -63,6 +63,11 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
         MultiMaxConfig.__post_init__(self)
         PeftConfig.__post_init__(self)
         self.peft_type = PeftType(TYPE)
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ValueError(f"target_modules={self.target_modules!r} is no regular expression ({error})") from error
         with torch.device("meta"):
             learned = list(build_normalizer(self, None).parameters())
         if not learned:
