@@ -16,7 +16,7 @@ from torch.nn.functional import relu
 
 from hf_multimax.rows.choose import compiled_multimax
 
-__all__ = ["compute_dtype", "masked_softmax", "modulate", "multimax"]
+__all__ = ["check_scores", "compute_dtype", "masked_softmax", "modulate", "multimax"]
 
 Affine = tuple[Tensor, Tensor]
 
@@ -75,7 +75,7 @@ def multimax(
         Probabilities shaped and typed like ``x``; all zeros where a row keeps nothing.
 
     Raises:
-        ValueError, TypeError: as :func:`modulate`; TypeError for a mask that is not boolean.
+        ValueError, TypeError: as :func:`modulate`; for a mask that is not boolean or does not fit.
 
     Examples:
         >>> import torch
@@ -86,19 +86,36 @@ def multimax(
         [0.818, 0.182, 0.0]
     """
     dtype = compute_dtype(_checked(x, ranges, ts, affine))
-    if mask is None or mask.dtype == torch.bool:
-        p = compiled_multimax(x, ranges, ts, dim, mask, affine)
-        if p is not None:
-            return p
+    check_scores(x, mask)
+    p = compiled_multimax(x, ranges, ts, dim, mask, affine)
+    if p is not None:
+        return p
     return masked_softmax(_modulate(x.to(dtype), ranges, ts, affine), dim, mask).to(x.dtype)
+
+
+def check_scores(x: Tensor, mask: Tensor | None = None) -> None:
+    """Raise TypeError or ValueError for what are no scores, or no mask of them."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"scores must be a floating point tensor, got {_kind(x)}")
+    if not x.ndim:
+        raise ValueError("scores must have a dimension to sum to one along, got a single number")
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a boolean tensor (True = keep), got {_kind(mask)}")
+    if mask.ndim > x.ndim or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(x.shape))):
+        raise ValueError(f"mask {list(mask.shape)} does not broadcast to scores {list(x.shape)}")
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def masked_softmax(x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
     """SoftMax over the entries that ``mask`` keeps and that are not minus infinity; zeros where a row keeps nothing."""
+    check_scores(x, mask)
     keep = ~(x <= torch.finfo(x.dtype).min / 2)  # true for NaN, which is not to vanish
     if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be boolean (True = keep), got {mask.dtype}")
         keep = keep & mask
     x = x.masked_fill(~keep, float("-inf"))
     # A row of minus infinities would give NaN: make it finite, then remove it again.
@@ -147,8 +164,8 @@ def _per_head(parameter: Tensor, own_dims: int) -> Tensor:
 
 def _checked(x: Tensor, ranges: Tensor, ts: Tensor, affine: Affine | None) -> torch.dtype:
     """x's dtype, after every check of shapes and types."""
-    if not x.is_floating_point():
-        raise TypeError(f"scores must be floating point, got {x.dtype}")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"scores must be a floating point tensor, got {_kind(x)}")
     if ranges.shape != ts.shape or ranges.ndim not in (1, 2) or ranges.shape[-1] < 2 or ranges.shape[-1] % 2:
         raise ValueError(
             f"ranges and ts must both be [2N] or [heads, 2N] with N >= 1, got {list(ranges.shape)} and {list(ts.shape)}"

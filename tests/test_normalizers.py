@@ -469,8 +469,15 @@ def test_mistakes_of_type():
     for name, options in CASES:
         with pytest.raises(TypeError, match="floating point"):
             normalize(name, torch.arange(3), **options)
+        with pytest.raises(TypeError, match="floating point tensor, got list"):
+            normalize(name, [1.0, 2.0], **options)
+        with pytest.raises(ValueError, match="a single number"):
+            normalize(name, torch.tensor(1.0), **options)
         with pytest.raises(TypeError, match="boolean"):
             normalize(name, torch.randn(3), mask=torch.ones(3), **options)
+        for mask in (torch.ones(2, dtype=torch.bool), torch.ones(2, 1, 3, dtype=torch.bool)):
+            with pytest.raises(ValueError, match=r"does not broadcast to scores \[2, 3\]"):
+                normalize(name, torch.randn(2, 3), mask=mask, **options)
     with pytest.raises(ValueError, match="patched models"):
         normalize("entmax", torch.randn(3), learn=True)
     with pytest.raises(ValueError, match="must be empty for 'multimax'"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_multimax.config import MultiMaxConfig
-from hf_multimax.functional import compute_dtype
+from hf_multimax.functional import check_scores, compute_dtype
 from hf_multimax.normalizers.base import Normalizer
 from hf_multimax.rows.choose import RowFunction, compiled_rows
 
@@ -284,10 +284,7 @@ def rowwise(
     def normalizer(
         x: Tensor, dim: int = -1, mask: Tensor | None = None, training: bool = False, **options: Any
     ) -> Tensor:
-        if not x.is_floating_point():
-            raise TypeError(f"scores must be floating point, got {x.dtype}")
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"mask must be boolean (True = keep), got {mask.dtype}")
+        check_scores(x, mask)
         if x.numel() == 0:
             return torch.zeros_like(x)
         if takes_training:
