@@ -4,9 +4,10 @@ import dataclasses
 import json
 import logging
 import re
-import sys
 from dataclasses import dataclass, field
 from typing import Any
+
+from hf_multimax.numbers import is_finite, is_integer
 
 __all__ = ["MultiMaxConfig"]
 
@@ -64,12 +65,12 @@ class MultiMaxConfig:
             self._check(name, isinstance(getattr(self, name), bool), "must be true or false")
         self._check("normalizer", isinstance(self.normalizer, str) and self.normalizer != "", "must be a name")
         self._check("normalizer_kwargs", _is_json_object(self.normalizer_kwargs), "must be a JSON object")
-        self._check("order", _is_int(self.order) and self.order >= 1, "must be an integer >= 1")
+        self._check("order", is_integer(self.order, 1), "must be an integer >= 1")
         self._check("order", self.order <= MAX_ORDER, f"must be at most {MAX_ORDER}")
         self._check("order", not (self.affine and self.order != 1), "must be 1 when affine is true")
         self._check("init", self.init in ("identity", "paper"), "must be 'identity' or 'paper'")
         self._check("outside", self.outside in ("softmax", "refuse"), "must be 'softmax' or 'refuse'")
-        self._check("init_std", _is_positive(self.init_std), "must be a number > 0")
+        self._check("init_std", is_finite(self.init_std) and self.init_std > 0, "must be a number > 0")
         for name in ("include", "exclude"):
             self._check_patterns(name)
         if not self.attention and (self.patterns("include") or self.patterns("exclude")):
@@ -168,15 +169,6 @@ def shown(value: Any, most: int = 100) -> str:
     except ValueError:
         text = "an integer of thousands of digits"
     return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_positive(value: Any) -> bool:
-    """Whether a value is a number above 0 that float64 holds; integers of JSON have no bound."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _is_json_object(value: Any) -> bool:

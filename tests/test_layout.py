@@ -16,6 +16,7 @@ EVERYWHERE = {*sys.stdlib_module_names, "torch", "transformers", "numpy", "safet
 ORDER = (
     "version",
     "cache",
+    "numbers",
     "extension",
     "config",
     "attention.__init__",

@@ -5,7 +5,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-__all__ = ["DIFFERENTIABLE", "Affine", "Call", "Features", "make_call", "seeded"]
+__all__ = ["DIFFERENTIABLE", "Affine", "Call", "Features", "check_number", "make_call", "seeded"]
 
 Affine = tuple[Tensor, Tensor]
 
@@ -102,8 +102,8 @@ def make_call(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor | None, ts: Tensor
     if affine is not None:
         _check_affine(affine, q)
     for name in ("dropout_p", "scale", "softcap"):
-        _check_number(name, get(name))
-    _check_number("window", window, integer=True)
+        check_number(name, get(name))
+    check_number("window", window, integer=True)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     if softcap is not None and not softcap > 0:
@@ -173,7 +173,8 @@ def _check_modulator(ranges: torch.Size, ts: torch.Size, heads: int) -> None:
         raise ValueError(f"ranges and ts have {ranges[0]} heads, but q has {heads}")
 
 
-def _check_number(name: str, value: object, integer: bool = False) -> None:
+def check_number(name: str, value: object, integer: bool = False) -> None:
+    """Raise TypeError unless ``value`` is None or a number."""
     # NumPy's numbers too, and tensors of one: some models scale by a parameter of theirs
     symbolic = (torch.SymInt,) if integer else (torch.SymInt, torch.SymFloat)
     number = isinstance(value, symbolic) or hasattr(value, "__index__" if integer else "__float__")

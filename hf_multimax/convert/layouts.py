@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from hf_multimax.models.discovery import attention_layers
 from hf_multimax.models.patching import patch_model
 from hf_multimax.normalizers.base import OUTPUT
+from hf_multimax.numbers import is_integer
 
 Weights = dict[str, Tensor]
 
@@ -78,7 +79,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 def check_counts(**values: int) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
+        if not is_integer(value, 1):
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
 

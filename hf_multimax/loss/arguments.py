@@ -5,6 +5,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from hf_multimax.attention.call import check_number
 from hf_multimax.attention.context import autocast_dtype
 
 __all__ = ["Affine", "LossOptions", "check_modulator", "check_tensors", "checked_options", "matmul_dtype"]
@@ -80,7 +81,7 @@ class LossOptions(TypedDict, total=False):
 
 
 def checked_options(given: dict[str, Any]) -> dict[str, Any]:
-    """All options, those not given at their defaults.
+    """All options, those that are not given, or None, at their defaults.
 
     Raises:
         TypeError, ValueError: for an unknown one, or one that is impossible whatever the tensors.
@@ -88,44 +89,29 @@ def checked_options(given: dict[str, Any]) -> dict[str, Any]:
     unknown = given.keys() - LossOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"the loss has no option {min(unknown)!r}; there are {', '.join(LossOptions.__annotations__)}")
-    options = {**dict.fromkeys(LossOptions.__annotations__), **_DEFAULTS, **given}
-    ignore_index, label_smoothing, reduction = (options[name] for name in _DEFAULTS)
-    num_items_in_batch, softcap, chunk_size = (
-        options[name] for name in ("num_items_in_batch", "softcap", "chunk_size")
-    )
-    if not _is_integer(ignore_index):
-        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
-    if not _is_number(label_smoothing):
-        raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
+    options = {**dict.fromkeys(LossOptions.__annotations__), **_DEFAULTS}
+    options |= {name: value for name, value in given.items() if value is not None}
+    for name in ("label_smoothing", "softcap"):
+        check_number(name, options[name])
+    for name in ("ignore_index", "chunk_size"):
+        check_number(name, options[name], integer=True)
+    label_smoothing, reduction, count = (options[n] for n in ("label_smoothing", "reduction", "num_items_in_batch"))
+    softcap, chunk_size = options["softcap"], options["chunk_size"]
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    if isinstance(num_items_in_batch, Tensor):
-        if num_items_in_batch.numel() != 1:
-            raise ValueError(f"num_items_in_batch must be a scalar, got shape {list(num_items_in_batch.shape)}")
-    elif num_items_in_batch is not None and not _is_number(num_items_in_batch):
-        raise TypeError(f"num_items_in_batch must be a number or a scalar tensor, got {num_items_in_batch!r}")
-    if softcap is not None and not _is_number(softcap):
-        raise TypeError(f"softcap must be a number or None, got {softcap!r}")
+    if isinstance(count, Tensor) and count.numel() != 1:
+        raise ValueError(f"num_items_in_batch must be a scalar, got shape {list(count.shape)}")
+    check_number("num_items_in_batch", count)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    if chunk_size is not None and not _is_integer(chunk_size):
-        raise TypeError(f"chunk_size must be an integer or None, got {chunk_size!r}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     return options
 
 
 _DEFAULTS = {"ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_integer(value) or isinstance(value, float)
 
 
 def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from hf_multimax.functional import compute_dtype, masked_softmax, modulate, multimax
+from hf_multimax.numbers import is_integer
 
 __all__ = ["LAYER", "OUTPUT", "MultiMax", "Normalizer", "NormalizerSwitch", "is_patched", "multimax_parameters"]
 
@@ -141,11 +142,11 @@ class MultiMax(Normalizer):
     ) -> None:
         super().__init__()
         order = (1 if affine else 2) if order is None else order
-        if not _is_count(order):
+        if not is_integer(order, 1):
             raise ValueError(f"order must be an integer >= 1, got {order!r}")
         if affine and order != 1:
             raise ValueError(f"the affine variant has order 1, got order={order}")
-        if num_heads is not None and not _is_count(num_heads):
+        if num_heads is not None and not is_integer(num_heads, 1):
             raise ValueError(f"num_heads must be None or an integer >= 1, got {num_heads!r}")
         if init not in ("identity", "paper"):
             raise ValueError(f"init must be 'identity' or 'paper', got {init!r}")
@@ -289,10 +290,6 @@ def named_normalizers(model: nn.Module) -> Iterator[tuple[str, Normalizer]]:
         normalizer = active_normalizer(module)
         if normalizer is not None:
             yield name, normalizer
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from hf_multimax.normalizers.options import (
     below_peak,
     flag,
     init,
-    is_number,
     logit,
     of_value,
     one_plus_share,
@@ -27,6 +26,7 @@ from hf_multimax.normalizers.options import (
     start_at_zero,
 )
 from hf_multimax.normalizers.registry import Learned, Option, register_normalizer, rowwise
+from hf_multimax.numbers import is_finite
 from hf_multimax.rows.choose import RowFunction
 
 __all__ = ["entmax_package"]
@@ -225,7 +225,7 @@ def _drawn(help: str, how: str) -> Option:
         None,
         f"{help}; null is drawn for each head, {how}",
         "a number, or null",
-        lambda value: value is None or is_number(value),
+        lambda value: value is None or is_finite(value),
     )
 
 
@@ -246,7 +246,7 @@ register_normalizer(
     "Transformers. EMNLP 2019. arXiv:1909.00015.",
     options={
         "alpha": Option(
-            1.5, "1 is SoftMax, 2 is sparsemax", "a number >= 1", lambda value: is_number(value) and value >= 1
+            1.5, "1 is SoftMax, 2 is sparsemax", "a number >= 1", lambda value: is_finite(value) and value >= 1
         ),
         "learn": flag("learn alpha = 1 + sigmoid(a), starting where alpha says"),
         "init": init(),
@@ -260,13 +260,13 @@ register_normalizer(
     citation="Vasylenko, Pitorro, Martins, Treviso. Long-Context Generalization with Sparse Attention. ICLR 2026. "
     "arXiv:2506.16640.",
     options={
-        "alpha": Option(1.5, "of the entmax", "a number >= 1", lambda value: is_number(value) and value >= 1),
+        "alpha": Option(1.5, "of the entmax", "a number >= 1", lambda value: is_finite(value) and value >= 1),
         "beta": _drawn(
             "scores are multiplied by delta + beta log(unmasked entries + 1) ** gamma",
             "evenly in 0.1 .. 1, and 0.55 in normalize",
         ),
         "gamma": _drawn("see beta", "normally with a deviation of 0.1, and 0 in normalize"),
-        "delta": Option(1.0, "see beta", "a number", is_number),
+        "delta": Option(1.0, "see beta", "a number", is_finite),
         "learn": flag("learn alpha, too, as entmax does"),
         "init": init(),
     },

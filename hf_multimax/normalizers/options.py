@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from hf_multimax.normalizers.registry import Option
+from hf_multimax.numbers import is_finite
 from hf_multimax.rows.choose import RowFunction
 
 __all__ = [
     "below_peak",
     "flag",
     "init",
-    "is_number",
     "logit",
     "non_negative",
     "of_numbers",
@@ -28,16 +28,12 @@ __all__ = [
 ]
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def positive(default: Any, help: str) -> Option:
-    return Option(default, help, "a number > 0", lambda value: is_number(value) and value > 0)
+    return Option(default, help, "a number > 0", lambda value: is_finite(value) and value > 0)
 
 
 def non_negative(default: Any, help: str) -> Option:
-    return Option(default, help, "a number >= 0", lambda value: is_number(value) and value >= 0)
+    return Option(default, help, "a number >= 0", lambda value: is_finite(value) and value >= 0)
 
 
 def flag(help: str) -> Option:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.functional import check_scores, compute_dtype
 from hf_multimax.normalizers.base import Normalizer
+from hf_multimax.numbers import is_number
 from hf_multimax.rows.choose import RowFunction, compiled_rows
 
 __all__ = [
@@ -383,7 +384,7 @@ def _build_from_function(name: str, config: MultiMaxConfig, num_heads: int | Non
     try:
         given = dict(config.normalizer_kwargs)
         share = 1.0 if "share" in spec.options else given.pop("share", 1.0)
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        if not is_number(share) or not 0 <= share <= 1:
             raise ValueError(f"share of the normalizer {name!r} must be a number in [0, 1], got {share!r}")
         options = spec.complete(given)
         learn = options.pop("learn", False)

@@ -19,7 +19,6 @@ from hf_multimax.normalizers.options import (
     below_peak,
     flag,
     init,
-    is_number,
     logit,
     non_negative,
     of_numbers,
@@ -29,6 +28,7 @@ from hf_multimax.normalizers.options import (
     start_at_zero,
 )
 from hf_multimax.normalizers.registry import REQUIRED, Learned, Option, get_normalizer, register_normalizer, rowwise
+from hf_multimax.numbers import is_finite, is_integer
 from hf_multimax.rows.choose import RowFunction, compiled_rows
 
 __all__ = ["SoftMax"]
@@ -222,7 +222,7 @@ register_normalizer(
             0.5,
             "fraction of the entries that become zero",
             "a number in [0, 1]",
-            lambda value: is_number(value) and 0 <= value <= 1,
+            lambda value: is_finite(value) and 0 <= value <= 1,
         ),
         "learn": flag("learn sparsity = sigmoid(a), starting where sparsity says"),
     },
@@ -258,7 +258,7 @@ register_normalizer(
             REQUIRED,
             "how many of the largest scores are kept",
             "an integer >= 1",
-            lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+            lambda value: is_integer(value, 1),
         )
     },
 )

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from hf_multimax.normalizers.entmax import entmax_package
-from hf_multimax.normalizers.options import below_peak, is_number, non_negative, of_numbers
+from hf_multimax.normalizers.options import below_peak, non_negative, of_numbers
 from hf_multimax.normalizers.prox import prox_oscar, prox_tv
 from hf_multimax.normalizers.registry import Option, register_normalizer, rowwise
+from hf_multimax.numbers import is_finite
 from hf_multimax.rows.choose import RowFunction
 
 __all__: list[str] = []
@@ -64,7 +65,7 @@ register_normalizer(
             None,
             "strength of the grouping of entries of any place; null is 1 / (unmasked entries - 1)",
             "a number >= 0, or null",
-            lambda value: value is None or (is_number(value) and value >= 0),
+            lambda value: value is None or (is_finite(value) and value >= 0),
         ),
     },
 )

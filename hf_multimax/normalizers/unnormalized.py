@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from hf_multimax.normalizers.options import is_number, non_negative, of_numbers
+from hf_multimax.normalizers.options import non_negative, of_numbers
 from hf_multimax.normalizers.registry import Option, register_normalizer, rowwise
+from hf_multimax.numbers import is_finite
 from hf_multimax.rows.choose import RowFunction
 
 __all__: list[str] = []
@@ -54,7 +55,7 @@ register_normalizer(
             None,
             "added to the scores; null is -log(unmasked entries)",
             "a number, or null",
-            lambda value: value is None or is_number(value),
+            lambda value: value is None or is_finite(value),
         )
     },
 )

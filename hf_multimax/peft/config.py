@@ -67,7 +67,9 @@ class MultiMaxAdapterConfig(MultiMaxConfig, PeftConfig):
             try:
                 re.compile(self.target_modules)
             except re.error as error:
-                raise ValueError(f"target_modules={self.target_modules!r} is no regular expression ({error})") from error
+                raise ValueError(
+                    f"target_modules={self.target_modules!r} is no regular expression ({error})"
+                ) from error
         with torch.device("meta"):
             learned = list(build_normalizer(self, None).parameters())
         if not learned:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_multimax.numbers import is_number
+
 __all__ = ["MEASURES", "NOTHING", "Arm", "Figure", "Results", "metric_label", "one_line", "with_spread"]
 
 #: What a table shows where results.json has no figure.
@@ -137,7 +139,7 @@ class Results:
         run = self.values
         name = run["multimax"]["normalizer"] if run.get("multimax") else "softmax"
         measured = {**run["metrics"], **run.get("time", {}), "peak_bytes": run.get("memory", {}).get("peak_bytes")}
-        figures = {key: Figure(value) for key, value in measured.items() if _is_number(value)}
+        figures = {key: Figure(value) for key, value in measured.items() if is_number(value)}
         return {name: Arm(name, (run,), figures, {})}
 
     def _comparison_arms(self) -> dict[str, Arm]:
@@ -149,7 +151,7 @@ class Results:
             figures = {
                 key: Figure(value["mean"], value.get("std"), value["n"])
                 for key, value in summary.items()
-                if _is_number(value.get("mean"))
+                if is_number(value.get("mean"))
             }
             arms[name] = Arm(name, tuple(arm["runs"]), figures, arm.get("overrides") or {})
             self._check_summary(arms[name])
@@ -160,7 +162,7 @@ class Results:
     def _check_summary(self, arm: Arm) -> None:
         for metric, figure in arm.metrics.items():
             measured = [run["metrics"].get(metric) for run in arm.runs]
-            measured = [value for value in measured if _is_number(value)]
+            measured = [value for value in measured if is_number(value)]
             agrees = measured and math.isclose(figure.mean, statistics.fmean(measured), rel_tol=1e-9, abs_tol=1e-12)
             if not agrees or figure.n != len(measured):
                 raise ValueError(
@@ -202,7 +204,7 @@ class Results:
         ]
 
     def _measured_runs(self, arm: str) -> int:
-        return sum(_is_number(run["metrics"].get(self.metric)) for run in self.arms[arm].runs)
+        return sum(is_number(run["metrics"].get(self.metric)) for run in self.arms[arm].runs)
 
     @functools.cached_property
     def has_p_values(self) -> bool:
@@ -290,7 +292,7 @@ class Results:
 
     def _cost_by_seed(self, arm: str, figure: str) -> dict[int, float]:
         costs = {run["seed"]: {**run.get("time", {}), **run.get("memory", {})} for run in self.arms[arm].runs}
-        return {seed: cost[figure] for seed, cost in costs.items() if _is_number(cost.get(figure))}
+        return {seed: cost[figure] for seed, cost in costs.items() if is_number(cost.get(figure))}
 
     def _decimals(self, metric: str) -> int:
         """Four digits of the smallest mean, and two of the largest deviation, so that a column has one precision."""
@@ -319,10 +321,6 @@ def signed(value: float, decimals: int) -> str:
 def one_line(value: Any) -> str:
     """A value as Markdown on one line, without what would end a table's cell or begin HTML."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _refuse(constant: str) -> None:
