@@ -29,7 +29,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from hf_multimax.publishing.results import Results
-from recipes.shared.checks import DataError, check_numbers
+from recipes.shared.checks import DataError, check_numbers, explained
 from recipes.shared.curves import draw_curves
 from recipes.shared.record import RESULTS, over_seeds, read_yaml, recorded_config, write_json
 from recipes.shared.table import columns, comparison_rows
@@ -182,10 +182,8 @@ def parse(arguments: list[str]) -> tuple[Plan, str]:
             raise DataError(f"{options.plan} has no arms {', '.join(missing)}: it has {', '.join(values['arms'])}")
         chosen = {*options.arms, values.get("reference")}
         values["arms"] = {name: arm for name, arm in values["arms"].items() if name in chosen}
-    try:
+    with explained(str(options.plan), TypeError):
         plan = Plan(**values)
-    except TypeError as error:
-        raise DataError(f"{options.plan}: {error}") from error
     return plan, shlex.join(["python", "-m", "recipes.compare", *arguments])
 
 

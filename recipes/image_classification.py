@@ -34,9 +34,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from hf_multimax.training import MultiMaxTrainingArguments
-from recipes.shared.adapters import with_adapter
 from recipes.shared.augmentation import AugmentationArguments
-from recipes.shared.checks import DataError, check_numbers
+from recipes.shared.checks import DataError, check_numbers, explained
 from recipes.shared.data.image_batches import MODES, ImageBatches, only
 from recipes.shared.data.images import BUILT_IN, ArrayImages, LabelledImages, check_readable, load_images
 from recipes.shared.data.sources import describe
@@ -114,7 +113,7 @@ def make_job(
     add_stochastic_depth(model, arguments.stochastic_depth)
     smoothing = training.label_smoothing_factor
     shape = {"processor": processor, "size": size, "channels": channels}
-    job = Job(
+    return Job(
         task="image-classification",
         model=model,
         processing_class=processor,
@@ -136,11 +135,9 @@ def make_job(
         },
         headline=("accuracy", "top5_accuracy", "loss"),
         metrics=("topk_accuracy",),
-        source=options.model,
         # The models' own losses take no probabilities as labels.
         trainer_options={"compute_loss_func": image_loss, "compute_metrics": compute_metrics},
     )
-    return with_adapter(job, options)
 
 
 def choose(images: LabelledImages, most: int | None) -> np.ndarray:
@@ -238,10 +235,8 @@ def load_processor(
 def check_processor(processor: ViTImageProcessorPil, name: str, size: int, channels: int) -> None:
     """DataError if the processor makes something else of an image than the model takes."""
     blank = Image.new(MODES[channels], (size + 1, size))
-    try:
+    with explained(f"the image processor of {name} cannot make {channels} channels", ValueError):
         shape = processor(blank, return_tensors="np")["pixel_values"].shape[1:]
-    except ValueError as error:
-        raise DataError(f"the image processor of {name} cannot make {channels} channels: {error}") from error
     if shape != (channels, size, size):
         raise DataError(
             f"the image processor of {name} makes {shape[1]}x{shape[2]} pixels, but the model takes {size}x{size}"

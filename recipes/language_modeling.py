@@ -27,7 +27,6 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_multimax.training import MultiMaxTrainingArguments
-from recipes.shared.adapters import with_adapter
 from recipes.shared.checkpoints import place_of
 from recipes.shared.checks import DataError, check_numbers
 from recipes.shared.data.sources import describe
@@ -107,7 +106,7 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
         if not len(part):
             raise DataError(f"{name} has less than one window of {context} tokens: give more text or a smaller context")
     held_out.cut(text.max_eval_windows)
-    job = Job(
+    return Job(
         task="text-generation",
         model=model,
         processing_class=tokenizer,
@@ -126,9 +125,7 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
         },
         headline=("perplexity", "byte_perplexity"),
         metrics=("perplexity",),
-        source=options.model,
     )
-    return with_adapter(job, options)
 
 
 def read_texts(text: TextArguments) -> tuple[str, str]:

@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from hf_multimax.training import MultiMaxSeq2SeqTrainer, MultiMaxSeq2SeqTrainingArguments
-from recipes.shared.adapters import with_adapter
 from recipes.shared.checks import DataError
 from recipes.shared.data.sentence_batches import Example, LengthBuckets, in_buckets, longest, tokenize
 from recipes.shared.data.sentences import TranslationArguments, describe_data, read_data
@@ -137,7 +136,7 @@ def make_job(
         in_buckets(part, training.per_device_eval_batch_size)
         for part in (examples, examples[: options.max_eval_examples])
     )
-    job = Job(
+    return Job(
         task="translation",
         model=model,
         processing_class=tokenizer,
@@ -157,14 +156,12 @@ def make_job(
         },
         headline=("bleu", "chrf", "perplexity"),
         metrics=("translation", "perplexity"),
-        source=model_options.model,
         trainer_class=TranslationTrainer,
         trainer_options={
             "compute_loss_func": partial(smoothed_loss, smoothing=training.label_smoothing_factor),
             "compute_metrics": loss_per_token,
         },
     )
-    return with_adapter(job, model_options)
 
 
 def stock_model(

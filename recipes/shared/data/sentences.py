@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 from transformers.hf_argparser import HfArg
 
 from recipes.shared.checks import DataError, check_numbers
@@ -157,7 +158,7 @@ def _read_rows(source: str, split: str, options: TranslationArguments) -> list[P
         kind, problem = "row", f"the split {split!r} of the data set {source} cannot be read"
         name, _, configuration = (source, "", "") if path.is_dir() else source.partition(":")
         request = {"name": configuration or None, "split": split, "revision": options.data_revision}
-    with reading_with_datasets(problem) as datasets:
+    with reading_with_datasets(problem):
         rows = datasets.load_dataset(name, **request)
         return [_pair(row, f"{kind} {number} of {source}", options) for number, row in enumerate(rows, 1)]
 
