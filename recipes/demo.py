@@ -44,10 +44,10 @@ from transformers import (
 
 from hf_multimax import is_patched, multimax_parameters, patch_model
 from hf_multimax.diagnostics import attention_statistics
+from hf_multimax.publishing.results import MEASURES
 from hf_multimax.training import parameter_groups
-from recipes.shared.checkpoints import CHECKPOINTS, checkpoint_folder
-from recipes.shared.checks import DataError, check_numbers
-from recipes.shared.data.sources import first_line
+from recipes.shared.checkpoints import CHECKPOINTS, place_of
+from recipes.shared.checks import DataError, check_numbers, explained
 from recipes.shared.data.text import BUILT_IN_TEXTS, load_text
 from recipes.shared.metrics import compute
 from recipes.shared.record import environment, finite, shown, typical, write_json
@@ -135,9 +135,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model, to see that all works")
     options = parser.parse_args(arguments)
+    numbers = ("pretraining_steps", "steps", "batch_size", "minutes", "learning_rate", "held_out_windows")
     try:
-        check_numbers(options, "(0, inf)", "pretraining_steps", "steps", "batch_size", "minutes", "learning_rate")
-        check_numbers(options, "(0, inf)", "held_out_windows")
+        check_numbers(options, "(0, inf)", *numbers)
     except DataError as error:
         parser.error(str(error).replace("_", "-"))
     if options.adapter is None:
@@ -164,25 +164,21 @@ def run(options: argparse.Namespace) -> None:
     )
     results: dict[str, Any] = {"data": options.data, "model": options.model, "seed": options.seed}
     rate = options.learning_rate or (5e-3 if options.adapter else 5e-5 if options.model else 3e-3)
-    step = 0.0
     if not options.model:
         step = step_seconds(model, data, options)
         steps = affordable(options.pretraining_steps, step, 0.4 * 60 * options.minutes, "pre-training")
         batches = data.batches(steps, options.batch_size, options.seed)
-        step = train({"SoftMax": model}, batches, rate, options.seed, "pre-training")["SoftMax"]
+        train({"SoftMax": model}, batches, rate, options.seed, "pre-training")
         results["pretraining_steps"], rate = steps, rate / 3
 
     arms = {"SoftMax": copy.deepcopy(model), "MultiMax": model}
     before = perplexity(model, data)
-    try:
+    with explained(f"--model {options.model} cannot be patched", ValueError):
         trained = {"MultiMax": as_adapter(model)} if options.adapter else {**arms, "MultiMax": patch_model(model)}
-    except ValueError as error:
-        raise DataError(f"--model {options.model} cannot be patched: {error}") from error
     results["perplexity"] = {"checkpoint": before, "patched": perplexity(trained["MultiMax"], data)}
     say(f"Held-out perplexity: checkpoint {before:.6f}, after patch_model {results['perplexity']['patched']:.6f}.")
 
-    if options.model:
-        step = step_seconds(trained["MultiMax"], data, options)
+    step = step_seconds(trained["MultiMax"], data, options)
     # Three evaluations are to come, a forward pass is a third of a step, and one arm may be slower than the other.
     left = 60 * options.minutes - (time.perf_counter() - start) - len(data.held_out) / options.batch_size * step
     results["steps"] = affordable(options.steps, step, left / (1.1 * len(trained)), "each training")
@@ -255,13 +251,9 @@ def new_checkpoint(text: str, options: argparse.Namespace) -> tuple[PreTrainedMo
 
 def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A stock causal language model and its own tokenizer: one of CHECKPOINTS, from a folder or the Hub."""
-    source = checkpoint_folder(name) if name in CHECKPOINTS else name
-    try:
+    source = place_of(name)
+    with explained(f"--model {name} is no causal language model that can be loaded", OSError, ValueError):
         tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"--model {name} is no causal language model that can be loaded: {first_line(error)}"
-        ) from error
     if is_patched(model):
         raise DataError(f"--model {name} is a MultiMax model already: give the SoftMax checkpoint it was made from")
     check_vocabulary(model, tokenizer)
@@ -354,21 +346,18 @@ def figures(model: PreTrainedModel, data: Data, seconds: float | None) -> dict[s
 
 
 def print_table(results: dict[str, Any]) -> None:
-    arms = results["arms"]
+    arms = results["arms"].values()
     rows = [
-        ("", *arms),
-        ("held-out perplexity", *(f"{arm['perplexity']:.3f}" for arm in arms.values())),
-        (
-            "step time, ms",
-            *(f"{1000 * arm['step_seconds']:.1f}" if arm["step_seconds"] else "-" for arm in arms.values()),
-        ),
-        ("extra parameters", *(f"{arm['extra_parameters']:,}" for arm in arms.values())),
+        ("", *results["arms"]),
+        ("held-out perplexity", *(f"{arm['perplexity']:.3f}" for arm in arms)),
+        ("step time, ms", *(f"{1000 * arm['step_seconds']:.1f}" if arm["step_seconds"] else "-" for arm in arms)),
+        ("extra parameters", *(f"{arm['extra_parameters']:,}" for arm in arms)),
     ]
-    for measure in ("sparsity", "multi_modality", "entropy", "topk_mass"):
-        for layer in arms["MultiMax"]["layers"]:
-            values = (shown(arm["layers"][layer][measure]["value"], "undefined") for arm in arms.values())
+    for measure in MEASURES:
+        for layer in results["arms"]["MultiMax"]["layers"]:
+            values = (shown(arm["layers"][layer][measure]["value"], "undefined") for arm in arms)
             rows.append((f"{measure.replace('_', '-')}, {layer}", *values))
-    both = arms["SoftMax"]["step_seconds"] is not None
+    both = all(arm["step_seconds"] for arm in arms)
     what = "more steps of each, same data in the same order" if both else "steps of the scalars, beside the checkpoint"
     say(f"\nAfter {results['steps']} {what}:\n\n{columns(rows)}")
     say(

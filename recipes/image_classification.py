@@ -11,7 +11,6 @@ pipelines make every image RGB).
 """
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,16 +27,22 @@ from transformers import (
     Trainer,
     ViTImageProcessorPil,
 )
-from transformers.hf_argparser import HfArg
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from hf_multimax.training import MultiMaxTrainingArguments
 from recipes.shared.augmentation import AugmentationArguments
-from recipes.shared.checks import DataError, check_numbers, explained
+from recipes.shared.checks import DataError, explained
 from recipes.shared.data.image_batches import MODES, ImageBatches, only
-from recipes.shared.data.images import BUILT_IN, ArrayImages, LabelledImages, check_readable, load_images
+from recipes.shared.data.images import (
+    BUILT_IN,
+    ArrayImages,
+    ImageArguments,
+    LabelledImages,
+    check_readable,
+    load_images,
+)
 from recipes.shared.data.sources import describe
 from recipes.shared.metrics import compute
 from recipes.shared.models import ModelArguments, build_model
@@ -57,37 +62,6 @@ DEFAULT_CONFIG = {
 }
 
 
-@dataclass
-class ImageArguments:
-    """The images, and how the model sees them."""
-
-    data: str = HfArg(
-        default=BUILT_IN, help=f"{BUILT_IN}, a folder <split>/<class>/<image>, or a Hub set as name[:configuration]"
-    )
-    train_split: str = HfArg(default="train", help="name of the split to train on")
-    validation_split: str | None = HfArg(
-        default=None, help="of the held-out split; default: validation, val, valid or test"
-    )
-    image_column: str | None = HfArg(default=None, help="of a Hub set; default: its image column")
-    label_column: str | None = HfArg(default=None, help="of a Hub set; default: its class label column")
-    max_train_images: int | None = HfArg(default=None, help="train on a random choice of that many")
-    max_eval_images: int | None = HfArg(default=None, help="evaluate on a random choice of that many")
-    check_images: bool = HfArg(
-        default=True, help="decode every image once before training, to find those that cannot be read"
-    )
-    eval_crop: float = HfArg(
-        default=1.0, help="pre-training: the share of a side that evaluation's centre crop keeps; 1: the whole image"
-    )
-    stochastic_depth: float = HfArg(
-        default=0.0, help="probability to drop a residual branch of the last block; it grows linearly from 0"
-    )
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "(0, 1]", "eval_crop")
-        check_numbers(self, "[0, 1)", "stochastic_depth")
-        check_numbers(self, "(0, inf)", "max_train_images", "max_eval_images")
-
-
 def make_job(
     options: ModelArguments,
     arguments: ImageArguments,
@@ -96,13 +70,7 @@ def make_job(
 ) -> Job:
     """Finds the images, makes or loads model and image processor."""
     with training.main_process_first(desc="reading the data"):
-        train, held_out = load_images(
-            arguments.data,
-            arguments.train_split,
-            arguments.validation_split,
-            arguments.image_column,
-            arguments.label_column,
-        )
+        train, held_out = load_images(arguments)
         chosen = choose(train, arguments.max_train_images), choose(held_out, arguments.max_eval_images)
         if arguments.check_images and training.local_process_index == 0 and not isinstance(train, ArrayImages):
             for images, indices in zip((train, held_out), chosen):

@@ -109,7 +109,7 @@ def test_with_an_adapter_only_the_scalars_are_trained(checkpoint, tmp_path):
 
 
 def test_a_checkpoint_that_is_known_by_name_is_fetched_and_trained_as_an_adapter(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "checkpoint_folder", lambda name: {"smollm2": checkpoint}[name])
+    monkeypatch.setattr(demo, "place_of", lambda name: {"smollm2": str(checkpoint)}[name])
     text = str(checkpoint.parent / "text.txt")
     demo.main(["--quick", "--output", str(tmp_path / "out"), "--data", text, "--model", "smollm2"])
     assert (tmp_path / "out" / demo.ADAPTER / "adapter_config.json").exists()

@@ -32,7 +32,7 @@ from recipes.shared.augmentation import AugmentationArguments
 from recipes.shared.checks import DataError
 from recipes.shared.data import images
 from recipes.shared.data.image_batches import ImageBatches
-from recipes.shared.data.images import ArrayImages, load_images, read_folder
+from recipes.shared.data.images import ArrayImages, ImageArguments, load_images, read_folder
 from recipes.shared.run import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -374,13 +374,13 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     assert asked == [("someone/things", "small")]
     assert results["data"]["dataset"] == "someone/things" and results["data"]["evaluation_examples"] == 4
 
-    train, held_out = load_images("someone/things")
+    train, held_out = load_images(ImageArguments("someone/things"))
     assert train.classes == list(CLASSES) and held_out.labels.tolist() == [0, 1, 2, 3]
     np.testing.assert_array_equal(np.asarray(train.read(1)), np.asarray(draw(1, 1, mode="RGB")))
 
     text = hub_splits(labels="dcba", label="kind", feature=datasets.Value("string"), image="img")
     monkeypatch.setattr(datasets, "load_dataset", lambda *name: text)
-    train, held_out = load_images("someone/things", label_column="kind")
+    train, held_out = load_images(ImageArguments("someone/things", label_column="kind"))
     assert train.classes == list("abcd") and held_out.labels.tolist() == [3, 2, 1, 0]
 
 
@@ -388,23 +388,23 @@ def test_wrong_data_sets_of_the_hub_are_refused(monkeypatch):
     splits = hub_splits(labels=(0, 1, -1, -1))
     monkeypatch.setattr(datasets, "load_dataset", lambda *name: splits)
     with pytest.raises(DataError, match=r"image 2 of a/b \(test\) has the label -1, outside its 4 classes"):
-        load_images("a/b")
+        load_images(ImageArguments("a/b"))
     with pytest.raises(DataError, match="no split 'dev' .it has train, test.: give --validation_split"):
-        load_images("a/b", validation_split="dev")
+        load_images(ImageArguments("a/b", validation_split="dev"))
     with pytest.raises(DataError, match="no column kind"):
-        load_images("a/b", label_column="kind")
+        load_images(ImageArguments("a/b", label_column="kind"))
     splits = hub_splits(label="kind", feature=datasets.Value("string"), labels="abcx")
     with pytest.raises(DataError, match="no one label column among image, kind: give --label_column"):
-        load_images("a/b")
+        load_images(ImageArguments("a/b"))
     with pytest.raises(DataError, match="outside its 4 classes"):
-        load_images("a/b", label_column="kind")
+        load_images(ImageArguments("a/b", label_column="kind"))
 
     def unreachable(*name):
         raise ConnectionError("no route\nto anywhere")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match="cannot be read from the Hub: no route$"):
-        load_images("a/b")
+        load_images(ImageArguments("a/b"))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

