@@ -88,12 +88,7 @@ class TranslationTrainer(MultiMaxSeq2SeqTrainer):
         return SequentialSampler(eval_dataset)  # translations must come in the order of the references
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **gen_kwargs: Any,
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Each sentence's loss and number of tokens, ``[batch]``, as prediction and label; or its translation."""
         # What Seq2SeqTrainer sets keeps the rows that fill the last batches of several processes.

@@ -281,8 +281,8 @@ def arrays(count=12, size=SIZE, classes=4):
 
 def built_in(monkeypatch, **options):
     def parts():
-        made = arrays(**options)
-        return {name: ArrayImages(name, images.FASHION_MNIST_CLASSES, *made) for name in ("train", "test")}
+        pixels, labels = arrays(**options)
+        return {name: ArrayImages(name, images.FASHION_MNIST_CLASSES, labels, pixels) for name in ("train", "test")}
 
     monkeypatch.setattr(images, "fashion_mnist", parts)
 
@@ -300,7 +300,7 @@ def test_the_built_in_images_are_normalised_by_their_own_statistics(tmp_path, mo
 @pytest.mark.parametrize("shape", [(12, SIZE, SIZE), (12, SIZE, SIZE, 3)], ids=["grey", "colour"])
 def test_images_in_memory_become_the_pixels_that_the_processor_makes(shape):
     values = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    source = ArrayImages("numbers", CLASSES, values, np.zeros(12))
+    source = ArrayImages("numbers", CLASSES, np.zeros(12), values)
     options = {"image_mean": [0.2, 0.3, 0.4], "image_std": [0.5, 0.6, 0.7], "do_convert_rgb": True, "resample": 3}
     processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}, **options)
     batch = ImageBatches(source, np.arange(12), processor, SIZE, 3).__getitems__([3, 1])[0]
@@ -338,7 +338,8 @@ def test_images_of_any_size_and_mode_fit_the_model(tmp_path, crop, channels):
 
 
 def test_an_augmented_batch_depends_on_seed_and_images_only():
-    source = ArrayImages("digits", CLASSES, *arrays())
+    pixels, labels = arrays()
+    source = ArrayImages("digits", CLASSES, labels, pixels)
     processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
     augmentation = AugmentationArguments(crop="pad", flip=True, randaugment_ops=2, mixup=0.8)
 

@@ -21,7 +21,7 @@ from recipes.shared.table import columns, comparison_rows, markdown
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 #: The documented parts of the package.
-PUBLIC = {"training", "diagnostics", "peft", "plots", "cache"}
+PUBLIC = {"training", "diagnostics", "peft", "plots", "plots.style", "cache"}
 PUBLIC |= {"publishing.results", "publishing.card", "publishing.hub"}
 
 

@@ -10,7 +10,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,8 @@ def recorded_config(path: Path) -> dict[str, Any]:
     return json.loads(json.dumps(read_yaml(path), default=str))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, known: Iterable[str] | None = None) -> dict[str, Any]:
+    """The options of a YAML file; DataError if it cannot be read or has one that is not among the ``known``."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -178,6 +179,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise DataError(f"the config {path} is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise DataError(f"the config {path} must hold `option: value` lines")
+    unknown = [] if known is None else sorted(values.keys() - set(known))
+    if unknown:
+        raise DataError(f"{path} has unknown options: {', '.join(unknown)}")
     return values
 
 

@@ -117,11 +117,8 @@ def parse(recipe: str, argument_classes: tuple[type, ...], arguments: list[str])
     parser.usage = f"python -m recipes.{recipe} [config.yaml] [--option value ...]"
     values: dict[str, Any] = {}
     if _names_config(arguments):
-        values = read_yaml(Path(arguments[0]))
-        known = {f.name for cls in argument_classes for f in dataclasses.fields(cls) if f.init}
-        unknown = sorted(values.keys() - known)
-        if unknown:
-            raise DataError(f"{arguments[0]} has unknown options: {', '.join(unknown)}")
+        known = (f.name for cls in argument_classes for f in dataclasses.fields(cls) if f.init)
+        values = read_yaml(Path(arguments[0]), known)
         parser.set_defaults(**values)
         arguments = arguments[1:]
     if "output_dir" not in values and not any(word.split("=")[0] == "--output_dir" for word in arguments):

@@ -69,6 +69,7 @@ class ImageArguments:
         check_numbers(self, "(0, inf)", "max_train_images", "max_eval_images")
 
 
+@dataclass(eq=False)
 class LabelledImages(ABC):
     """Images that are read one by one.
 
@@ -81,12 +82,16 @@ class LabelledImages(ABC):
         DataError: for a label outside the classes.
     """
 
-    def __init__(self, name: str, classes: Sequence[str], labels: Sequence[int] | np.ndarray) -> None:
-        self.name, self.classes, self.labels = name, list(classes), np.asarray(labels, dtype=np.int64)
+    name: str
+    classes: Sequence[str]
+    labels: Sequence[int] | np.ndarray
+
+    def __post_init__(self) -> None:
+        self.classes, self.labels = list(self.classes), np.asarray(self.labels, dtype=np.int64)
         outside = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))
         if len(outside):
             raise DataError(
-                f"image {outside[0]} of {name} has the label {self.labels[outside[0]]}, outside its "
+                f"image {outside[0]} of {self.name} has the label {self.labels[outside[0]]}, outside its "
                 f"{len(self.classes)} classes (and {len(outside) - 1} more)"
             )
 
@@ -102,12 +107,11 @@ class LabelledImages(ABC):
         return None
 
 
+@dataclass(eq=False)
 class ArrayImages(LabelledImages):
     """Images ``[n, height, width]`` (grey) or ``[n, height, width, 3]``, uint8, in memory."""
 
-    def __init__(self, name: str, classes: Sequence[str], images: np.ndarray, labels: np.ndarray) -> None:
-        super().__init__(name, classes, labels)
-        self.images = images
+    images: np.ndarray
 
     def read(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index])
@@ -117,18 +121,15 @@ class ArrayImages(LabelledImages):
         return chosen[..., None] if chosen.ndim == 3 else chosen
 
 
+@dataclass(eq=False)
 class StoredImages(LabelledImages):
     """Images that are decoded when they are read.
 
-    Args:
+    Attributes:
         entries: what ``datasets`` holds of each image, ``{"path": ..., "bytes": ...}``, or None.
     """
 
-    def __init__(
-        self, name: str, classes: Sequence[str], labels: Sequence[int], entries: Sequence[dict[str, Any] | None]
-    ) -> None:
-        super().__init__(name, classes, labels)
-        self.entries = entries
+    entries: Sequence[dict[str, Any] | None]
 
     def read(self, index: int) -> Image.Image:
         entry = self.entries[int(index)]
@@ -198,7 +199,7 @@ def fashion_mnist() -> dict[str, ArrayImages]:
         split: ArrayImages(
             f"{BUILT_IN} ({split})",
             FASHION_MNIST_CLASSES,
-            *(_read_idx(folder / f"{prefix}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1")),
+            *(_read_idx(folder / f"{prefix}-{kind}-ubyte.gz") for kind in ("labels-idx1", "images-idx3")),
         )
         for split, prefix in (("train", "train"), ("test", "t10k"))
     }

@@ -113,12 +113,10 @@ def read_pairs(source: str, target: str | None, split: str, options: Translation
 
 
 def _help_pairs(options: TranslationArguments) -> list[Pair]:
-    languages = (options.source_lang, options.target_lang)
-    if languages == ("en", "de"):
-        return help_sentences()
-    if languages == ("de", "en"):
-        return [(german, english) for english, german in help_sentences()]
-    raise DataError(f"{HELP} has en and de, not {options.source_lang} to {options.target_lang}")
+    if {options.source_lang, options.target_lang} != {"en", "de"}:
+        raise DataError(f"{HELP} has en and de, not {options.source_lang} to {options.target_lang}")
+    pairs = help_sentences()
+    return pairs if options.source_lang == "en" else [(german, english) for english, german in pairs]
 
 
 def _read_lines(path: Path) -> list[str]:
