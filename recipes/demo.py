@@ -232,6 +232,7 @@ def checkpoint(options: argparse.Namespace, text: str) -> tuple[PreTrainedModel,
     set_seed(options.seed)
     with explained(f"--model {options.model} is no causal language model that can be loaded", OSError, ValueError):
         tokenizer = stock_tokenizer(options.model, text, vocabulary, context)
+        values["pad_token_id"] = tokenizer.pad_token_id
         model = stock_model(options.model, values, context, tokenizer)
     if is_patched(model):
         source = f"--model {options.model}"
