@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import StackDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator
 from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -57,15 +58,15 @@ class TextArguments:
         check_numbers(self, "[2, inf)", "context")  # the first token of a window is not predicted
 
 
-def cut_windows(tokens: Tensor, context: int) -> list[dict[str, Tensor]]:
+def cut_windows(tokens: Tensor, context: int, most: int | None = None) -> StackDataset:
     """Consecutive windows of a text's tokens, ``[context]`` each; what does not fill the last one is left out.
 
     The first token of a window has no label: the Trainer divides the loss by the number of labels.
     """
-    windows = tokens[: len(tokens) // context * context].view(-1, context)
+    windows = tokens[: len(tokens) // context * context].view(-1, context)[:most]
     labels = windows.clone()
     labels[:, 0] = IGNORED
-    return [{"input_ids": window, "labels": of_window} for window, of_window in zip(windows, labels)]
+    return StackDataset(input_ids=windows, labels=labels)
 
 
 def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTrainingArguments) -> Job:
@@ -79,11 +80,11 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
     check_vocabulary(model, tokenizer)
     context = choose_context(model, text)
     check_causal(model, min(context, 8))
-    train, held_out = (cut_windows(encode(tokenizer, part), context) for part in (train_text, held_out_text))
+    train = cut_windows(encode(tokenizer, train_text), context)
+    held_out = cut_windows(encode(tokenizer, held_out_text), context, text.max_eval_windows)
     for part, name in ((train, text.data), (held_out, text.validation_data or f"the held-out end of {text.data}")):
-        if not part:
+        if not len(part):
             raise DataError(f"{name} has less than one window of {context} tokens: give more text or a smaller context")
-    held_out = held_out[: text.max_eval_windows]
     return Job(
         task="text-generation",
         model=model,
@@ -141,11 +142,9 @@ def choose_context(model: PreTrainedModel, text: TextArguments) -> int:
     return text.context or min(limit or 1024, 1024)
 
 
-def perplexities(
-    trainer: Trainer, held_out: list[dict[str, Tensor]], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+def perplexities(trainer: Trainer, held_out: StackDataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Loss in nats per predicted token, and both perplexities."""
-    tokens = torch.cat([window["input_ids"] for window in held_out])
+    tokens = held_out.datasets["input_ids"].flatten()
     size = len(tokenizer.decode(tokens, clean_up_tokenization_spaces=False).encode("utf-8"))
     # All windows are equally long, so that the mean of their losses is the mean over tokens.
     loss = trainer.evaluate()["eval_loss"]
