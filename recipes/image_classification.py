@@ -287,20 +287,20 @@ def image_loss(outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor 
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in [0, 1] of logits ``[n, classes]``."""
-    logits = torch.as_tensor(prediction.predictions)
+    """Top-1 and top-5 accuracy in [0, 1] and loss of logits ``[n, classes]``.
+
+    The loss takes the place of Trainer's own, which counts twice what fills up the last batch of several processes.
+    """
+    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
     best = logits.topk(min(5, logits.shape[-1])).indices
-    return compute("topk_accuracy", predictions=best, references=prediction.label_ids)
+    loss = cross_entropy(logits.float(), labels).item()
+    return {**compute("topk_accuracy", predictions=best, references=labels), "loss": loss}
 
 
 def evaluate(trainer: Trainer) -> dict[str, Any]:
     """Accuracies and loss over all held-out images."""
-    prediction = trainer.predict(trainer.eval_dataset)
-    # Trainer's own loss counts twice what fills up the last batch of several processes.
-    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
-    metrics = {**compute_metrics(prediction), "loss": cross_entropy(logits.float(), labels).item()}
-    trainer.log({f"eval_{name}": value for name, value in metrics.items()})
-    return metrics
+    metrics = trainer.evaluate()
+    return {name: metrics[f"eval_{name}"] for name in ("accuracy", "top5_accuracy", "loss")}
 
 
 RECIPE = (
