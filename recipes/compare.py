@@ -29,7 +29,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from hf_multimax.publishing.results import Results
-from recipes.shared.checks import DataError, check_numbers
+from recipes.shared.checks import DataError, check_numbers, explained
 from recipes.shared.curves import draw_curves
 from recipes.shared.record import RESULTS, over_seeds, read_yaml, recorded_config, write_json
 from recipes.shared.table import columns, comparison_rows
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             run.results()
         execute(runs, plan)
         comparison = compare(plan, runs, command)
-    except DataError as error:
+    except ValueError as error:  # a DataError, or results that cannot be read
         sys.exit(f"error: {error}")
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_json(plan.folder / COMPARISON, comparison)
@@ -158,7 +158,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def parse(arguments: list[str]) -> tuple[Plan, str]:
     parser = argparse.ArgumentParser(
-        prog="python -m recipes.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m recipes.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given stays as the plan has it
     )
     parser.add_argument("plan", type=Path, help="YAML file: recipe, config, arms, reference, metric, ...")
     parser.add_argument("--seeds", type=int, nargs="+")
@@ -167,25 +170,17 @@ def parse(arguments: list[str]) -> tuple[Plan, str]:
     parser.add_argument("--budget", choices=("steps", "time"))
     parser.add_argument("--processes", type=int, help="of each run, by torchrun")
     parser.add_argument("--jobs", type=int, help="runs at a time")
-    options = parser.parse_args(arguments)
-    values = read_yaml(options.plan)
-    known = {f.name: f for f in fields(Plan)}
-    wrong = sorted(values.keys() - known.keys())
-    if wrong:
-        raise DataError(f"{options.plan} has unknown options: {', '.join(wrong)}")
-    for name in ("seeds", "output_dir", "budget", "processes", "jobs"):
-        if getattr(options, name) is not None:
-            values[name] = getattr(options, name)
-    if options.arms:
-        missing = [name for name in options.arms if name not in values.get("arms", {})]
+    given = vars(parser.parse_args(arguments))
+    path, chosen = given.pop("plan"), given.pop("arms", None)
+    values = read_yaml(path, (f.name for f in fields(Plan))) | given
+    if chosen is not None:
+        arms = values.get("arms", {})
+        missing = [name for name in chosen if name not in arms]
         if missing:
-            raise DataError(f"{options.plan} has no arms {', '.join(missing)}: it has {', '.join(values['arms'])}")
-        chosen = {*options.arms, values.get("reference")}
-        values["arms"] = {name: arm for name, arm in values["arms"].items() if name in chosen}
-    try:
+            raise DataError(f"{path} has no arms {', '.join(missing)}: it has {', '.join(arms)}")
+        values["arms"] = {name: arm for name, arm in arms.items() if name in (*chosen, values.get("reference"))}
+    with explained(str(path), TypeError):
         plan = Plan(**values)
-    except TypeError as error:
-        raise DataError(f"{options.plan}: {error}") from error
     return plan, shlex.join(["python", "-m", "recipes.compare", *arguments])
 
 
@@ -215,10 +210,7 @@ def equal_time_steps(plan: Plan) -> dict[str, dict[str, int]]:
     path = Path(plan.output_dir) / COMPARISON
     if not path.exists():
         raise DataError(f"--budget time needs the step times of {path}: run the comparison with --budget steps first")
-    try:
-        measured = Results(path)
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    measured = Results(path)
     kind = measured.step_time
     missing = [arm for arm in plan.arms if arm not in measured.arms or kind not in measured.arms[arm].figures]
     if missing or measured.unfinished:
@@ -257,6 +249,10 @@ def start(run: Run, plan: Plan) -> int:
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
+#: Fields of the plan that the comparison tells.
+_RECORDED = ("recipe", "config", "budget", "reference", "metric", "lower_is_better")
+
+
 def compare(plan: Plan, runs: list[Run], command: str) -> dict[str, Any]:
     """The ``comparison.json`` of what has finished.
 
@@ -280,14 +276,9 @@ def compare(plan: Plan, runs: list[Run], command: str) -> dict[str, Any]:
         "schema": 1,
         "task": example["task"],
         "command": command,
-        "recipe": plan.recipe,
-        "config": plan.config,
-        "budget": plan.budget,
-        "reference": plan.reference,
+        **{name: getattr(plan, name) for name in _RECORDED},
         "seeds_asked": len(plan.seeds),
         "complete": all(len(by_seed) == len(plan.seeds) for by_seed in finished.values()),
-        "metric": plan.metric,
-        "lower_is_better": plan.lower_is_better,
         "data": example["data"],
         "arms": {
             arm: {"overrides": plan.arms[arm], "runs": [by_seed[seed] for seed in sorted(by_seed)]}

@@ -31,28 +31,20 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    get_cosine_schedule_with_warmup,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup, set_seed
 
 from hf_multimax import is_patched, multimax_parameters, patch_model
 from hf_multimax.diagnostics import attention_statistics
+from hf_multimax.publishing.results import MEASURES
 from hf_multimax.training import parameter_groups
-from recipes.shared.checkpoints import CHECKPOINTS, checkpoint_folder
-from recipes.shared.checks import DataError, check_numbers
-from recipes.shared.data.sources import first_line
+from recipes.shared.causal import stock_model, stock_tokenizer
+from recipes.shared.checkpoints import CHECKPOINTS
+from recipes.shared.checks import DataError, check_numbers, explained
 from recipes.shared.data.text import BUILT_IN_TEXTS, load_text
 from recipes.shared.metrics import compute
 from recipes.shared.record import environment, finite, shown, typical, write_json
 from recipes.shared.table import columns
-from recipes.shared.tokens import check_vocabulary, encode, train_tokenizer
+from recipes.shared.tokens import check_vocabulary, encode
 
 RESULTS, ADAPTER = "demo.json", "adapter"
 
@@ -86,10 +78,11 @@ say = partial(print, flush=True)
 
 @dataclass
 class Data:
-    """Windows of tokens: training text as one stream ``[tokens]``, held-out text cut into ``[windows, context]``."""
+    """Tokens, and what made them: of the training text ``[tokens]``, of the held-out text ``[windows, context]``."""
 
     train: Tensor
     held_out: Tensor
+    tokenizer: PreTrainedTokenizerBase
 
     def batches(self, steps: int, batch_size: int, seed: int) -> Tensor:
         """``[steps, batch_size, context]``, windows drawn at random places: the same for the same seed."""
@@ -135,9 +128,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny model, to see that all works")
     options = parser.parse_args(arguments)
+    numbers = ("pretraining_steps", "steps", "batch_size", "minutes", "learning_rate", "held_out_windows")
     try:
-        check_numbers(options, "(0, inf)", "pretraining_steps", "steps", "batch_size", "minutes", "learning_rate")
-        check_numbers(options, "(0, inf)", "held_out_windows")
+        check_numbers(options, "(0, inf)", *numbers)
     except DataError as error:
         parser.error(str(error).replace("_", "-"))
     if options.adapter is None:
@@ -156,33 +149,29 @@ def run(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     check_output(options.output)
     text = load_text(options.data)
-    model, tokenizer = load_checkpoint(options.model) if options.model else new_checkpoint(text, options)
-    data = split(encode(tokenizer, text), model, options)
+    model, tokenizer = checkpoint(options, text)
+    data = split(text, tokenizer, model, options)
     say(
         f"Text {options.data}: {len(text):,} characters, {len(data.train):,} tokens to train on, "
         f"{data.held_out.numel():,} held out. Model: {model.num_parameters():,} parameters."
     )
     results: dict[str, Any] = {"data": options.data, "model": options.model, "seed": options.seed}
     rate = options.learning_rate or (5e-3 if options.adapter else 5e-5 if options.model else 3e-3)
-    step = 0.0
     if not options.model:
         step = step_seconds(model, data, options)
         steps = affordable(options.pretraining_steps, step, 0.4 * 60 * options.minutes, "pre-training")
         batches = data.batches(steps, options.batch_size, options.seed)
-        step = train({"SoftMax": model}, batches, rate, options.seed, "pre-training")["SoftMax"]
+        train({"SoftMax": model}, batches, rate, options.seed, "pre-training")
         results["pretraining_steps"], rate = steps, rate / 3
 
     arms = {"SoftMax": copy.deepcopy(model), "MultiMax": model}
     before = perplexity(model, data)
-    try:
+    with explained(f"--model {options.model} cannot be patched", ValueError):
         trained = {"MultiMax": as_adapter(model)} if options.adapter else {**arms, "MultiMax": patch_model(model)}
-    except ValueError as error:
-        raise DataError(f"--model {options.model} cannot be patched: {error}") from error
     results["perplexity"] = {"checkpoint": before, "patched": perplexity(trained["MultiMax"], data)}
     say(f"Held-out perplexity: checkpoint {before:.6f}, after patch_model {results['perplexity']['patched']:.6f}.")
 
-    if options.model:
-        step = step_seconds(trained["MultiMax"], data, options)
+    step = step_seconds(trained["MultiMax"], data, options)
     # Three evaluations are to come, a forward pass is a third of a step, and one arm may be slower than the other.
     left = 60 * options.minutes - (time.perf_counter() - start) - len(data.held_out) / options.batch_size * step
     results["steps"] = affordable(options.steps, step, left / (1.1 * len(trained)), "each training")
@@ -192,7 +181,7 @@ def run(options: argparse.Namespace) -> None:
     print_table(results)
     machine = environment(torch.device("cpu"))
     results |= {**machine, "threads": machine["machine"]["threads"]}
-    save(trained["MultiMax"], tokenizer, data, results, options.output, start)
+    save(trained["MultiMax"], data, results, options.output, start)
 
 
 def as_adapter(model: PreTrainedModel) -> PeftModel:
@@ -202,14 +191,7 @@ def as_adapter(model: PreTrainedModel) -> PeftModel:
     return get_peft_model(model, MultiMaxAdapterConfig(task_type="CAUSAL_LM"))
 
 
-def save(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Data,
-    results: dict[str, Any],
-    folder: Path,
-    start: float,
-) -> None:
+def save(model: PreTrainedModel | PeftModel, data: Data, results: dict[str, Any], folder: Path, start: float) -> None:
     """Save, load in a new process, compare; the folder appears when all of it is there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging_area:
@@ -220,7 +202,7 @@ def save(
             say(f"The adapter by itself takes {results['adapter_bytes']:,} bytes, in {folder / ADAPTER}.")
             model = model.merge_and_unload()
         model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        data.tokenizer.save_pretrained(staging)
         results["reload"] = reload = in_new_process(staging, Path(staging_area) / "exchange", model, data.held_out[:2])
         results["seconds"] = time.perf_counter() - start
         write_json(staging / RESULTS, results)
@@ -242,34 +224,26 @@ def check_output(folder: Path) -> None:
         raise DataError(f"--output {folder} exists and is not from an earlier demo: choose another folder")
 
 
-def new_checkpoint(text: str, options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small GPT-2 with random weights and a tokenizer made for the text."""
+def checkpoint(options: argparse.Namespace, text: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A stock model and its tokenizer: those of --model, or a small GPT-2 with random weights, made for the text."""
     width, layers, context, vocabulary = (32, 2, 32, 300) if options.quick else (128, 4, 128, 1024)
-    tokenizer = train_tokenizer(text, vocabulary, context)
-    set_seed(options.seed)
-    special = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
-    sizes = {"vocab_size": len(tokenizer), "n_positions": context, "n_embd": width, "n_layer": layers, "n_head": 4}
     # Without dropout of the probabilities SoftMax runs on its fused kernel, the fast one.
-    return GPT2LMHeadModel(GPT2Config(**sizes, **special, attn_pdrop=0.0)), tokenizer
-
-
-def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A stock causal language model and its own tokenizer: one of CHECKPOINTS, from a folder or the Hub."""
-    source = checkpoint_folder(name) if name in CHECKPOINTS else name
-    try:
-        tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"--model {name} is no causal language model that can be loaded: {first_line(error)}"
-        ) from error
+    values = {"n_embd": width, "n_layer": layers, "n_positions": context, "attn_pdrop": 0.0}
+    set_seed(options.seed)
+    with explained(f"--model {options.model} is no causal language model that can be loaded", OSError, ValueError):
+        tokenizer = stock_tokenizer(options.model, text, vocabulary, context)
+        values["pad_token_id"] = tokenizer.pad_token_id
+        model = stock_model(options.model, values, context, tokenizer)
     if is_patched(model):
-        raise DataError(f"--model {name} is a MultiMax model already: give the SoftMax checkpoint it was made from")
+        source = f"--model {options.model}"
+        raise DataError(f"{source} is a MultiMax model already: give the SoftMax checkpoint it was made from")
     check_vocabulary(model, tokenizer)
-    return model.float(), tokenizer
+    return model, tokenizer
 
 
-def split(tokens: Tensor, model: PreTrainedModel, options: argparse.Namespace) -> Data:
+def split(text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, options: argparse.Namespace) -> Data:
     """The last tenth of the text is held out, in whole windows; the first of them are what is evaluated."""
+    tokens = encode(tokenizer, text)
     context = min(128, getattr(model.config, "max_position_embeddings", None) or 128)
     windows = len(tokens) // (10 * context)
     if windows < 1:
@@ -277,7 +251,7 @@ def split(tokens: Tensor, model: PreTrainedModel, options: argparse.Namespace) -
             f"the text {options.data} is too short: it has {len(tokens)} tokens and needs at least {10 * context}"
         )
     held_out = tokens[-windows * context :].view(windows, context)
-    return Data(tokens[: -windows * context], held_out[: options.held_out_windows])
+    return Data(tokens[: -windows * context], held_out[: options.held_out_windows], tokenizer)
 
 
 def step_seconds(model: PreTrainedModel, data: Data, options: argparse.Namespace) -> float:
@@ -354,21 +328,18 @@ def figures(model: PreTrainedModel, data: Data, seconds: float | None) -> dict[s
 
 
 def print_table(results: dict[str, Any]) -> None:
-    arms = results["arms"]
+    arms = results["arms"].values()
     rows = [
-        ("", *arms),
-        ("held-out perplexity", *(f"{arm['perplexity']:.3f}" for arm in arms.values())),
-        (
-            "step time, ms",
-            *(f"{1000 * arm['step_seconds']:.1f}" if arm["step_seconds"] else "-" for arm in arms.values()),
-        ),
-        ("extra parameters", *(f"{arm['extra_parameters']:,}" for arm in arms.values())),
+        ("", *results["arms"]),
+        ("held-out perplexity", *(f"{arm['perplexity']:.3f}" for arm in arms)),
+        ("step time, ms", *(f"{1000 * arm['step_seconds']:.1f}" if arm["step_seconds"] else "-" for arm in arms)),
+        ("extra parameters", *(f"{arm['extra_parameters']:,}" for arm in arms)),
     ]
-    for measure in ("sparsity", "multi_modality", "entropy", "topk_mass"):
-        for layer in arms["MultiMax"]["layers"]:
-            values = (shown(arm["layers"][layer][measure]["value"], "undefined") for arm in arms.values())
+    for measure in MEASURES:
+        for layer in results["arms"]["MultiMax"]["layers"]:
+            values = (shown(arm["layers"][layer][measure]["value"], "undefined") for arm in arms)
             rows.append((f"{measure.replace('_', '-')}, {layer}", *values))
-    both = arms["SoftMax"]["step_seconds"] is not None
+    both = all(arm["step_seconds"] for arm in arms)
     what = "more steps of each, same data in the same order" if both else "steps of the scalars, beside the checkpoint"
     say(f"\nAfter {results['steps']} {what}:\n\n{columns(rows)}")
     say(

@@ -11,7 +11,6 @@ pipelines make every image RGB).
 """
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,17 +27,22 @@ from transformers import (
     Trainer,
     ViTImageProcessorPil,
 )
-from transformers.hf_argparser import HfArg
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from hf_multimax.training import MultiMaxTrainingArguments
-from recipes.shared.adapters import with_adapter
 from recipes.shared.augmentation import AugmentationArguments
-from recipes.shared.checks import DataError, check_numbers
+from recipes.shared.checks import DataError, explained
 from recipes.shared.data.image_batches import MODES, ImageBatches, only
-from recipes.shared.data.images import BUILT_IN, ArrayImages, LabelledImages, check_readable, load_images
+from recipes.shared.data.images import (
+    BUILT_IN,
+    ArrayImages,
+    ImageArguments,
+    LabelledImages,
+    check_readable,
+    load_images,
+)
 from recipes.shared.data.sources import describe
 from recipes.shared.metrics import compute
 from recipes.shared.models import ModelArguments, build_model
@@ -58,37 +62,6 @@ DEFAULT_CONFIG = {
 }
 
 
-@dataclass
-class ImageArguments:
-    """The images, and how the model sees them."""
-
-    data: str = HfArg(
-        default=BUILT_IN, help=f"{BUILT_IN}, a folder <split>/<class>/<image>, or a Hub set as name[:configuration]"
-    )
-    train_split: str = HfArg(default="train", help="name of the split to train on")
-    validation_split: str | None = HfArg(
-        default=None, help="of the held-out split; default: validation, val, valid or test"
-    )
-    image_column: str | None = HfArg(default=None, help="of a Hub set; default: its image column")
-    label_column: str | None = HfArg(default=None, help="of a Hub set; default: its class label column")
-    max_train_images: int | None = HfArg(default=None, help="train on a random choice of that many")
-    max_eval_images: int | None = HfArg(default=None, help="evaluate on a random choice of that many")
-    check_images: bool = HfArg(
-        default=True, help="decode every image once before training, to find those that cannot be read"
-    )
-    eval_crop: float = HfArg(
-        default=1.0, help="pre-training: the share of a side that evaluation's centre crop keeps; 1: the whole image"
-    )
-    stochastic_depth: float = HfArg(
-        default=0.0, help="probability to drop a residual branch of the last block; it grows linearly from 0"
-    )
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "(0, 1]", "eval_crop")
-        check_numbers(self, "[0, 1)", "stochastic_depth")
-        check_numbers(self, "(0, inf)", "max_train_images", "max_eval_images")
-
-
 def make_job(
     options: ModelArguments,
     arguments: ImageArguments,
@@ -97,13 +70,7 @@ def make_job(
 ) -> Job:
     """Finds the images, makes or loads model and image processor."""
     with training.main_process_first(desc="reading the data"):
-        train, held_out = load_images(
-            arguments.data,
-            arguments.train_split,
-            arguments.validation_split,
-            arguments.image_column,
-            arguments.label_column,
-        )
+        train, held_out = load_images(arguments)
         chosen = choose(train, arguments.max_train_images), choose(held_out, arguments.max_eval_images)
         if arguments.check_images and training.local_process_index == 0 and not isinstance(train, ArrayImages):
             for images, indices in zip((train, held_out), chosen):
@@ -114,7 +81,7 @@ def make_job(
     add_stochastic_depth(model, arguments.stochastic_depth)
     smoothing = training.label_smoothing_factor
     shape = {"processor": processor, "size": size, "channels": channels}
-    job = Job(
+    return Job(
         task="image-classification",
         model=model,
         processing_class=processor,
@@ -136,11 +103,9 @@ def make_job(
         },
         headline=("accuracy", "top5_accuracy", "loss"),
         metrics=("topk_accuracy",),
-        source=options.model,
         # The models' own losses take no probabilities as labels.
         trainer_options={"compute_loss_func": image_loss, "compute_metrics": compute_metrics},
     )
-    return with_adapter(job, options)
 
 
 def choose(images: LabelledImages, most: int | None) -> np.ndarray:
@@ -238,10 +203,8 @@ def load_processor(
 def check_processor(processor: ViTImageProcessorPil, name: str, size: int, channels: int) -> None:
     """DataError if the processor makes something else of an image than the model takes."""
     blank = Image.new(MODES[channels], (size + 1, size))
-    try:
+    with explained(f"the image processor of {name} cannot make {channels} channels", ValueError):
         shape = processor(blank, return_tensors="np")["pixel_values"].shape[1:]
-    except ValueError as error:
-        raise DataError(f"the image processor of {name} cannot make {channels} channels: {error}") from error
     if shape != (channels, size, size):
         raise DataError(
             f"the image processor of {name} makes {shape[1]}x{shape[2]} pixels, but the model takes {size}x{size}"
@@ -324,20 +287,20 @@ def image_loss(outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor 
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in [0, 1] of logits ``[n, classes]``."""
-    logits = torch.as_tensor(prediction.predictions)
+    """Top-1 and top-5 accuracy in [0, 1] and loss of logits ``[n, classes]``.
+
+    The loss takes the place of Trainer's own, which counts twice what fills up the last batch of several processes.
+    """
+    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
     best = logits.topk(min(5, logits.shape[-1])).indices
-    return compute("topk_accuracy", predictions=best, references=prediction.label_ids)
+    loss = cross_entropy(logits.float(), labels).item()
+    return {**compute("topk_accuracy", predictions=best, references=labels), "loss": loss}
 
 
 def evaluate(trainer: Trainer) -> dict[str, Any]:
     """Accuracies and loss over all held-out images."""
-    prediction = trainer.predict(trainer.eval_dataset)
-    # Trainer's own loss counts twice what fills up the last batch of several processes.
-    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
-    metrics = {**compute_metrics(prediction), "loss": cross_entropy(logits.float(), labels).item()}
-    trainer.log({f"eval_{name}": value for name, value in metrics.items()})
-    return metrics
+    metrics = trainer.evaluate()
+    return {name: metrics[f"eval_{name}"] for name in ("accuracy", "top5_accuracy", "loss")}
 
 
 RECIPE = (

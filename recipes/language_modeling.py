@@ -9,36 +9,27 @@ of each window is not predicted.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    default_data_collator,
-)
+from torch.utils.data import StackDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator
 from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_multimax.training import MultiMaxTrainingArguments
-from recipes.shared.adapters import with_adapter
-from recipes.shared.checkpoints import place_of
+from recipes.shared.causal import stock_model, stock_tokenizer
 from recipes.shared.checks import DataError, check_numbers
 from recipes.shared.data.sources import describe
 from recipes.shared.data.text import BUILT_IN_TEXTS, load_text
 from recipes.shared.metrics import compute
 from recipes.shared.models import ModelArguments, build_model
 from recipes.shared.run import Job, main
-from recipes.shared.tokens import check_vocabulary, encode, train_tokenizer
+from recipes.shared.tokens import check_vocabulary, encode
 
 IGNORED = -100
-DEFAULT_CONFIG = {"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128}
 
 
 @dataclass
@@ -67,26 +58,15 @@ class TextArguments:
         check_numbers(self, "[2, inf)", "context")  # the first token of a window is not predicted
 
 
-class Windows(Dataset):
-    """Consecutive windows of a text's tokens; what does not fill the last one is left out.
+def cut_windows(tokens: Tensor, context: int, most: int | None = None) -> StackDataset:
+    """Consecutive windows of a text's tokens, ``[context]`` each; what does not fill the last one is left out.
 
     The first token of a window has no label: the Trainer divides the loss by the number of labels.
     """
-
-    def __init__(self, tokens: Tensor, context: int) -> None:
-        self.windows = tokens[: len(tokens) // context * context].view(-1, context)
-        self.labels = self.windows.clone()
-        self.labels[:, 0] = IGNORED
-
-    def cut(self, count: int | None) -> None:
-        """Keep the first windows only."""
-        self.windows, self.labels = self.windows[:count], self.labels[:count]
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index], "labels": self.labels[index]}
+    windows = tokens[: len(tokens) // context * context].view(-1, context)[:most]
+    labels = windows.clone()
+    labels[:, 0] = IGNORED
+    return StackDataset(input_ids=windows, labels=labels)
 
 
 def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTrainingArguments) -> Job:
@@ -94,20 +74,18 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
     with training.main_process_first(desc="reading the data"):
         train_text, held_out_text = read_texts(text)
     name = text.tokenizer or options.model
-    if name is not None:
-        tokenizer = AutoTokenizer.from_pretrained(place_of(name))
-    else:
-        tokenizer = train_tokenizer(train_text, text.vocab_size, text.context or 1024)
-    model = build_model(options, lambda: stock_model(options, text, tokenizer), training.seed)
+    tokenizer = stock_tokenizer(name, train_text, text.vocab_size, text.context or 1024)
+    make_stock = partial(stock_model, options.model, options.model_config, text.context, tokenizer)
+    model = build_model(options, make_stock, training.seed)
     check_vocabulary(model, tokenizer)
     context = choose_context(model, text)
     check_causal(model, min(context, 8))
-    train, held_out = (Windows(encode(tokenizer, part), context) for part in (train_text, held_out_text))
+    train = cut_windows(encode(tokenizer, train_text), context)
+    held_out = cut_windows(encode(tokenizer, held_out_text), context, text.max_eval_windows)
     for part, name in ((train, text.data), (held_out, text.validation_data or f"the held-out end of {text.data}")):
         if not len(part):
             raise DataError(f"{name} has less than one window of {context} tokens: give more text or a smaller context")
-    held_out.cut(text.max_eval_windows)
-    job = Job(
+    return Job(
         task="text-generation",
         model=model,
         processing_class=tokenizer,
@@ -117,8 +95,8 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
         evaluate=lambda trainer: perplexities(trainer, held_out, tokenizer),
         data={
             **describe(text.data, BUILT_IN_TEXTS),
-            "training_tokens": train.windows.numel(),
-            "evaluation_tokens": held_out.windows.numel(),
+            "training_tokens": len(train) * context,
+            "evaluation_tokens": len(held_out) * context,
             "training_examples": len(train),
             "evaluation_examples": len(held_out),
             "context": context,
@@ -126,9 +104,7 @@ def make_job(options: ModelArguments, text: TextArguments, training: MultiMaxTra
         },
         headline=("perplexity", "byte_perplexity"),
         metrics=("perplexity",),
-        source=options.model,
     )
-    return with_adapter(job, options)
 
 
 def read_texts(text: TextArguments) -> tuple[str, str]:
@@ -140,18 +116,6 @@ def read_texts(text: TextArguments) -> tuple[str, str]:
     if not 0 < cut < len(whole):
         raise DataError(f"{text.data} has too few lines to hold some out: give --validation_data")
     return whole[:cut], whole[cut:]
-
-
-def stock_model(options: ModelArguments, text: TextArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    if options.model is not None:
-        return AutoModelForCausalLM.from_pretrained(place_of(options.model), dtype=torch.float32)
-    values = {**DEFAULT_CONFIG, **options.model_config}
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    sizes = {"vocab_size": len(tokenizer), **special}
-    config = AutoConfig.for_model(**{**sizes, **values})
-    if text.context is not None and "max_position_embeddings" not in values and "n_positions" not in values:
-        config.max_position_embeddings = text.context
-    return AutoModelForCausalLM.from_config(config)
 
 
 @torch.no_grad()
@@ -178,9 +142,9 @@ def choose_context(model: PreTrainedModel, text: TextArguments) -> int:
     return text.context or min(limit or 1024, 1024)
 
 
-def perplexities(trainer: Trainer, held_out: Windows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def perplexities(trainer: Trainer, held_out: StackDataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Loss in nats per predicted token, and both perplexities."""
-    tokens = held_out.windows.flatten()
+    tokens = held_out.datasets["input_ids"].flatten()
     size = len(tokenizer.decode(tokens, clean_up_tokenization_spaces=False).encode("utf-8"))
     # All windows are equally long, so that the mean of their losses is the mean over tokens.
     loss = trainer.evaluate()["eval_loss"]

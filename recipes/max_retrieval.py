@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu, one_hot
+from torch.nn.functional import cross_entropy, one_hot
 
 from hf_multimax import MultiMaxConfig, Normalizer, build_normalizer
+from hf_multimax.plots.style import COLORS, MARKERS, new_figure
 from hf_multimax.publishing.results import Figure, with_spread
 from recipes.shared.record import RESULTS, over_seeds, write_json
 from recipes.shared.table import markdown
@@ -78,25 +79,19 @@ class Retriever(nn.Module):
 
     def __init__(self, width: int, normalizer: Normalizer) -> None:
         super().__init__()
-        self.items = nn.ModuleList([nn.Linear(1 + CLASSES, width), nn.Linear(width, width)])
-        self.asker = nn.ModuleList([nn.Linear(1, width), nn.Linear(width, width)])
+        self.items = nn.Sequential(nn.Linear(1 + CLASSES, width), nn.GELU(), nn.Linear(width, width))
+        self.asker = nn.Sequential(nn.Linear(1, width), nn.GELU(), nn.Linear(width, width))
         self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
-        self.reader = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, CLASSES)])
+        self.reader = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, CLASSES))
         self.normalizer = normalizer
 
     def forward(self, items: Tensor, question: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Items ``[B, n, 1 + classes]``, question ``[B, 1]`` and mask ``[B, n]`` to logits and weights ``[B, n]``."""
-        hidden = _network(self.items, items)
-        query = self.query(_network(self.asker, question))
+        hidden, query = self.items(items), self.query(self.asker(question))
         scores = torch.einsum("bd,bnd->bn", query, self.key(hidden)) * query.shape[-1] ** -0.5
         weights = self.normalizer(scores, -1, keep)
         retrieved = torch.einsum("bn,bnd->bd", weights, self.value(hidden))
-        return _network(self.reader, retrieved), weights
-
-
-def _network(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    first, second = layers
-    return second(gelu(first(x)))
+        return self.reader(retrieved), weights
 
 
 def draw_sets(sets: int, n: int, generator: torch.Generator, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -174,11 +169,6 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-#: Of Okabe and Ito (2008), which colour-blind readers tell apart.
-_COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
-
 def table(rows: Sequence[dict[str, Any]], measure: str) -> str:
     """A Markdown table of one measure, mean and standard deviation over the seeds: functions down, lengths across."""
     figures = _over_seeds(rows, measure)
@@ -191,20 +181,19 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, largest: int) -> None:
 
     Each row of panels has SoftMax and at most six other functions.
     """
-    from matplotlib.figure import Figure as Drawing
-
     measures = {measure: _over_seeds(rows, measure) for measure in ("accuracy", "weight_of_maximum")}
     labels = list(measures["accuracy"])
     first, others = labels[0], labels[1:]
     count = max(1, -(-len(others) // 6))
     groups = [[first, *others[index::count]] for index in range(count)]
-    drawing = Drawing(figsize=(10, 0.5 + 3.0 * count), layout="constrained")
+    drawing = new_figure(10, 0.5 + 3.0 * count)
     panels = drawing.subplots(count, 2, squeeze=False)
     for axes, group in zip(panels, groups):
         for axis, (measure, figures) in zip(axes, measures.items()):
             for i, label in enumerate(group):
                 of = figures[label]
-                style = {"linewidth": 4.0 - 0.45 * i, "color": _COLORS[i], "marker": _MARKERS[i], "ms": 6.5 - 0.5 * i}
+                # black, the last colour, is the first function's
+                style = {"linewidth": 4.0 - 0.45 * i, "color": COLORS[i - 1], "marker": MARKERS[i], "ms": 6.5 - 0.5 * i}
                 axis.plot(list(of), [figure.mean for figure in of.values()], label=label, **style)
             axis.axvline(largest, color="grey", linewidth=0.8, linestyle=":")
             axis.set(xlabel="items in the set", ylabel=measure.replace("_", " "), ylim=(-0.02, 1.02))

@@ -14,13 +14,15 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hf_multimax.plots import plot_modulators
 from hf_multimax.publishing.card import model_card
 from hf_multimax.publishing.results import Results, one_line
+from recipes.shared.checks import explained
 from recipes.shared.curves import draw_curves
 from recipes.shared.table import comparison_rows, markdown
 
@@ -32,6 +34,8 @@ TASKS = {
     "image-classification": "image classification",
     "translation": "translation",
 }
+#: Path of a figure, digest of what it shows, and what draws it to a path with metadata.
+Drawing = tuple[Path, str, Callable[[Path, Mapping[str, str]], None]]
 _EVIDENCE = re.compile(r"(<!-- evidence -->\n).*?(<!-- /evidence -->)", flags=re.DOTALL)
 
 
@@ -46,10 +50,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         comparisons = find_comparisons(options.root)
         texts = render(options.root, comparisons)
-        if options.check:
-            check(options.root, comparisons, texts)
-        else:
-            write(options.root, comparisons, texts)
+        drawings = [
+            drawing for name, results in comparisons.items() for drawing in figures(options.root, name, results)
+        ]
+        act = check if options.check else write
+        act(options.root, drawings, texts)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
@@ -62,10 +67,8 @@ def find_comparisons(root: Path) -> dict[str, Results]:
     """
     found = {}
     for path in sorted((root / "recipes" / "results").glob("*.json")):
-        try:
+        with explained(f"{path} is no JSON", ValueError):
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
         if not isinstance(values, dict) or values.get("kind") != "comparison":
             continue
         if path.stem == "template":
@@ -83,7 +86,7 @@ def render(root: Path, comparisons: Mapping[str, Results]) -> dict[Path, str]:
     """What every text file should hold: the cards and the README."""
     texts = {}
     for name, results in comparisons.items():
-        links = {path.name: f"../docs/{path.name}" for path, _ in figures(root, name, results)}
+        links = {path.name: f"../docs/{path.name}" for path, *_ in figures(root, name, results)}
         card = model_card(
             None,
             results,
@@ -101,26 +104,21 @@ def render(root: Path, comparisons: Mapping[str, Results]) -> dict[Path, str]:
     return texts
 
 
-def write(root: Path, comparisons: Mapping[str, Results], texts: Mapping[Path, str]) -> None:
+def write(root: Path, drawings: Iterable[Drawing], texts: Mapping[Path, str]) -> None:
     """Draw the figures, then write the texts that show them."""
     for folder in ("docs", "model_cards"):
         (root / folder).mkdir(exist_ok=True)
-    for name, results in comparisons.items():
-        for path, draw in figures(root, name, results):
-            draw(path)
+    for path, digest, draw in drawings:
+        draw(path, {"Description": digest})
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     print(f"wrote {', '.join(str(path.relative_to(root)) for path in texts)} and their figures")
 
 
-def check(root: Path, comparisons: Mapping[str, Results], texts: Mapping[Path, str]) -> None:
+def check(root: Path, drawings: Iterable[Drawing], texts: Mapping[Path, str]) -> None:
     """Exit with 1 if a file is missing or not up to date. A figure carries the digest of its results."""
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    for name, results in comparisons.items():
-        digest = _digest(results.values).encode()
-        stale += [
-            path for path, _ in figures(root, name, results) if not path.exists() or digest not in path.read_bytes()
-        ]
+    stale += [path for path, digest, _ in drawings if not path.exists() or digest.encode() not in path.read_bytes()]
     if stale:
         names = ", ".join(str(path.relative_to(root)) for path in stale)
         sys.exit(f"not up to date: {names}. Run `python -m recipes.report`")
@@ -163,16 +161,16 @@ def _title(name: str, results: Results) -> str:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def figures(root: Path, name: str, results: Results) -> Iterator[tuple[Path, Callable[[Path], None]]]:
-    """The path of every figure of a comparison, and the function that draws it there."""
-    mark = {"Description": _digest(results.values)}
-    yield root / "docs" / f"{name}.png", lambda path: draw_curves(results.values, path, mark)
+def figures(root: Path, name: str, results: Results) -> Iterator[Drawing]:
+    """Every figure of a comparison."""
+    digest = hashlib.sha256(json.dumps(results.values, sort_keys=True).encode()).hexdigest()
+    yield root / "docs" / f"{name}.png", digest, partial(draw_curves, results.values)
     arm, run = next(
         ((arm.name, run) for arm in results.arms.values() for run in arm.runs if _has_modulators(run)), (None, None)
     )
     if run:
         title = f"{arm}, seed {run['seed']}"
-        yield root / "docs" / f"{name}-modulators.png", lambda path: _draw_modulators(run["layers"], title, path, mark)
+        yield root / "docs" / f"{name}-modulators.png", digest, partial(_draw_modulators, run["layers"], title)
 
 
 def _has_modulators(run: Mapping[str, Any]) -> bool:
@@ -183,10 +181,6 @@ def _draw_modulators(layers: Mapping[str, Any], title: str, path: Path, metadata
     figure = plot_modulators(layers)
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=80, metadata=metadata)
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 if __name__ == "__main__":

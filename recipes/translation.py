@@ -10,6 +10,7 @@ against the references as they were read. The measures of attention are taken on
 the same length, and count the queries that are padding.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,14 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.trainer_utils import EvalLoopOutput
 
 from hf_multimax.training import MultiMaxSeq2SeqTrainer, MultiMaxSeq2SeqTrainingArguments
-from recipes.shared.adapters import with_adapter
 from recipes.shared.checks import DataError
-from recipes.shared.data.sentence_batches import LengthBuckets, Sentences, longest
+from recipes.shared.data.sentence_batches import Example, LengthBuckets, in_buckets, longest, tokenize
 from recipes.shared.data.sentences import TranslationArguments, describe_data, read_data
 from recipes.shared.metrics import compute
 from recipes.shared.models import ModelArguments, build_model
@@ -54,26 +54,26 @@ DEFAULT_CONFIG = {
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-class SmoothedLoss:
+def smoothed_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, smoothing: float
+) -> Tensor:
     """Cross-entropy with label smoothing, divided by the number of target tokens in the whole batch of a step.
 
     The Trainer takes it from its ``compute_loss_func``. The loss inside Marian and T5 is a mean over one process's part
     of the batch, whose tokens would weigh more where sentences are short.
+
+    Args:
+        outputs: their ``logits`` are ``[..., tokens, vocabulary]``.
+        labels: ``[..., tokens]``.
     """
-
-    def __init__(self, smoothing: float) -> None:
-        self.smoothing = smoothing
-
-    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """The loss of ``outputs.logits`` ``[..., tokens, vocabulary]`` under ``labels`` ``[..., tokens]``."""
-        logits = outputs["logits"].float().flatten(0, -2)
-        total = cross_entropy(logits, labels.flatten(), label_smoothing=self.smoothing, reduction="sum")
-        items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / (items.to(total.device) if torch.is_tensor(items) else items)
+    logits = outputs["logits"].float().flatten(0, -2)
+    total = cross_entropy(logits, labels.flatten(), label_smoothing=smoothing, reduction="sum")
+    items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / (items.to(total.device) if torch.is_tensor(items) else items)
 
 
 class TranslationTrainer(MultiMaxSeq2SeqTrainer):
-    """``evaluate`` gives the loss per held-out token, not smoothed; ``predict`` translates."""
+    """``evaluate`` gives the loss per held-out token, not smoothed; ``predict`` translates by its options."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -82,47 +82,31 @@ class TranslationTrainer(MultiMaxSeq2SeqTrainer):
         args = self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        return LengthBuckets([longest(row) for row in dataset.rows], batch, seed)
+        return LengthBuckets([longest(row) for row in dataset], batch, seed)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
         return SequentialSampler(eval_dataset)  # translations must come in the order of the references
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **gen_kwargs: Any,
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Each sentence's loss and number of tokens, ``[batch, 2]``, or its translation; as predictions."""
+        """Each sentence's loss and number of tokens, ``[batch]``, as prediction and label; or its translation."""
+        # What Seq2SeqTrainer sets keeps the rows that fill the last batches of several processes.
+        self.gather_function = self.accelerator.gather_for_metrics
         inputs = self._prepare_inputs(inputs)
-        if not prediction_loss_only:
+        if self._gen_kwargs:
             given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             return None, self.model.generate(**given, **self._gen_kwargs), None
         labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs).logits.float()
         losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-        return None, torch.stack([losses.sum(dim=1), (labels != -100).sum(dim=1).float()], dim=1), None
+        return None, losses.sum(dim=1), (labels != -100).sum(dim=1)
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        # What Seq2SeqTrainer sets keeps the rows that fill the last batches of several processes.
-        self.gather_function = self.accelerator.gather_for_metrics
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        if prediction_loss_only:
-            loss, tokens = output.predictions.astype("float64").sum(axis=0)
-            output.metrics[f"{metric_key_prefix}_loss"] = float(loss / tokens)
-        return output
+
+def loss_per_token(prediction: EvalPrediction) -> dict[str, float]:
+    """The mean over tokens of what :class:`TranslationTrainer` has measured of each sentence, ``[n]``."""
+    return {"loss": float(prediction.predictions.astype("float64").sum() / prediction.label_ids.sum())}
 
 
 def make_job(
@@ -138,26 +122,27 @@ def make_job(
     tokenizer = translation_tokenizer(model_options.model, kind, options, train_pairs)
     model = build_model(model_options, lambda: stock_model(model_options, options, tokenizer), training.seed)
     check_fit(model, tokenizer, options)
-    train = Sentences(train_pairs, tokenizer, options, cut=False).without_longer(options.max_length)
-    if not len(train):
+    whole = [example.row for example in tokenize(train_pairs, tokenizer, options, cut=False)]
+    train = [row for row in whole if longest(row) <= options.max_length]
+    if not train:
         raise DataError(f"no pair of {options.data} is within --max_length {options.max_length} tokens")
-    everything = Sentences(held_out_pairs, tokenizer, options, cut=True)
+    examples = tokenize(held_out_pairs, tokenizer, options, cut=True)
     held_out, translated = (
-        part.in_buckets(training.per_device_eval_batch_size)
-        for part in (everything, everything.select(list(range(len(everything)))[: options.max_eval_examples]))
+        in_buckets(part, training.per_device_eval_batch_size)
+        for part in (examples, examples[: options.max_eval_examples])
     )
-    job = Job(
+    return Job(
         task="translation",
         model=model,
         processing_class=tokenizer,
         train_dataset=train,
-        eval_dataset=held_out,
+        eval_dataset=[example.row for example in held_out],
         collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         evaluate=lambda trainer: measure(trainer, translated, tokenizer, options),
         data={
             **describe_data(options),
-            "training_tokens": sum(len(row["labels"]) for row in train.rows),
-            "evaluation_tokens": sum(len(row["labels"]) for row in held_out.rows),
+            "training_tokens": sum(len(row["labels"]) for row in train),
+            "evaluation_tokens": sum(len(example.row["labels"]) for example in held_out),
             "training_examples": len(train),
             "training_examples_left_out": len(train_pairs) - len(train),
             "evaluation_examples": len(held_out),
@@ -166,11 +151,12 @@ def make_job(
         },
         headline=("bleu", "chrf", "perplexity"),
         metrics=("translation", "perplexity"),
-        source=model_options.model,
         trainer_class=TranslationTrainer,
-        trainer_options={"compute_loss_func": SmoothedLoss(training.label_smoothing_factor)},
+        trainer_options={
+            "compute_loss_func": partial(smoothed_loss, smoothing=training.label_smoothing_factor),
+            "compute_metrics": loss_per_token,
+        },
     )
-    return with_adapter(job, model_options)
 
 
 def stock_model(
@@ -222,40 +208,28 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, option
 
 def measure(
     trainer: TranslationTrainer,
-    sentences: Sentences,
+    examples: list[Example],
     tokenizer: PreTrainedTokenizerBase,
     options: TranslationArguments,
 ) -> dict[str, Any]:
-    """Loss per token of all held-out sentences, BLEU and chrF of ``sentences``, whose translations are written."""
+    """Loss per token of all held-out sentences; BLEU and chrF of ``examples``, by beam search, which are written."""
     loss = trainer.evaluate()["eval_loss"]
-    translations = translate(trainer, sentences, tokenizer, options)
-    references = [target for _, target in sentences.pairs]
-    metrics = {
-        **compute("translation", predictions=translations, references=references),
-        **compute("perplexity", losses=[loss], tokens=[1]),
-        "num_beams": options.num_beams,
-    }
+    tokens = trainer.predict([example.row for example in examples], **generation_options(options)).predictions
+    tokens[tokens < 0] = tokenizer.pad_token_id
+    translations = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    rows = [
+        {"source": example.source, "reference": example.target, "translation": translation}
+        for example, translation in zip(examples, translations)
+    ]
     if trainer.is_world_process_zero():
-        rows = [
-            {"source": source, "reference": reference, "translation": translation}
-            for (source, reference), translation in zip(sentences.pairs, translations)
-        ]
         write_json(Path(trainer.args.output_dir) / TRANSLATIONS, rows)
         for row in rows[:3]:
             print("\n" + "\n".join(f"{name:<11}  {text}" for name, text in row.items()), flush=True)
-    return metrics
-
-
-def translate(
-    trainer: TranslationTrainer,
-    sentences: Sentences,
-    tokenizer: PreTrainedTokenizerBase,
-    options: TranslationArguments,
-) -> list[str]:
-    """The translations of ``sentences`` by beam search, the same on every process."""
-    tokens = trainer.predict(sentences, **generation_options(options)).predictions
-    tokens[tokens < 0] = tokenizer.pad_token_id
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return {
+        **compute("translation", predictions=translations, references=[example.target for example in examples]),
+        **compute("perplexity", losses=[loss], tokens=[1]),
+        "num_beams": options.num_beams,
+    }
 
 
 RECIPE = ("translation", (ModelArguments, TranslationArguments, MultiMaxSeq2SeqTrainingArguments), make_job)

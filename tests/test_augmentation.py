@@ -109,17 +109,19 @@ def test_geometric_operations_uncover_the_fill_colour():
 
 
 def test_rand_augment_depends_on_the_generator_alone():
+    options = AugmentationArguments(randaugment_ops=2)
+
     def results(seed):
         generator = rng(seed)
         return [
-            np.asarray(augmentation.rand_augment(picture(seed=i), 2, 9, 0.5, generator, (1, 2, 3))) for i in range(12)
+            np.asarray(augmentation.rand_augment(picture(seed=i), options, generator, (1, 2, 3))) for i in range(12)
         ]
 
     for a, b in zip(results(1), results(1)):
         np.testing.assert_array_equal(a, b)
     assert sum(not np.array_equal(a, b) for a, b in zip(results(1), results(2))) > 6
     image = picture()
-    assert augmentation.rand_augment(image, 0, 9, 0.5, rng(), (0, 0, 0)) is image
+    assert augmentation.rand_augment(image, AugmentationArguments(), rng(), (0, 0, 0)) is image
 
 
 # -- erasing and mixing ------------------------------------------------------------------------------------------------
@@ -183,16 +185,25 @@ def test_mix_takes_either_or_none():
     labels = np.arange(16)
     pixels = np.broadcast_to(labels[:, None, None, None], (16, 1, 8, 8)).astype(np.float32)
     targets = augmentation.one_hot(labels, 16)
-    same = augmentation.mix(pixels, targets, 0.0, 0.0, rng())
+    same = augmentation.mix(pixels, targets, AugmentationArguments(mixup=0.0, cutmix=0.0), rng())
     assert same[0] is pixels and same[1] is targets
 
     def is_cutmix(mixed):
         return np.isin(mixed, labels).all()
 
-    kinds = [is_cutmix(augmentation.mix(pixels, targets, 0.8, 1.0, rng(seed))[0]) for seed in range(40)]
+    kinds = [
+        is_cutmix(augmentation.mix(pixels, targets, AugmentationArguments(mixup=0.8, cutmix=1.0), rng(seed))[0])
+        for seed in range(40)
+    ]
     assert 10 < sum(kinds) < 30
-    assert all(is_cutmix(augmentation.mix(pixels, targets, 0.0, 1.0, rng(seed))[0]) for seed in range(5))
-    assert not any(is_cutmix(augmentation.mix(pixels, targets, 0.8, 0.0, rng(seed))[0]) for seed in range(5))
+    assert all(
+        is_cutmix(augmentation.mix(pixels, targets, AugmentationArguments(mixup=0.0, cutmix=1.0), rng(seed))[0])
+        for seed in range(5)
+    )
+    assert not any(
+        is_cutmix(augmentation.mix(pixels, targets, AugmentationArguments(mixup=0.8, cutmix=0.0), rng(seed))[0])
+        for seed in range(5)
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, T5Co
 
 import hf_multimax
 from recipes import demo
+from recipes.shared import causal
 from recipes.shared.tokens import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,7 +110,7 @@ def test_with_an_adapter_only_the_scalars_are_trained(checkpoint, tmp_path):
 
 
 def test_a_checkpoint_that_is_known_by_name_is_fetched_and_trained_as_an_adapter(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "checkpoint_folder", lambda name: {"smollm2": checkpoint}[name])
+    monkeypatch.setattr(causal, "place_of", lambda name: {"smollm2": str(checkpoint)}[name])
     text = str(checkpoint.parent / "text.txt")
     demo.main(["--quick", "--output", str(tmp_path / "out"), "--data", text, "--model", "smollm2"])
     assert (tmp_path / "out" / demo.ADAPTER / "adapter_config.json").exists()
@@ -175,7 +176,7 @@ def test_numbers_must_be_positive(option, capsys):
 
 def test_batches_depend_on_the_seed_alone():
     held_out = torch.zeros(1, 8, dtype=torch.long)
-    data = demo.Data(torch.arange(100), held_out)
+    data = demo.Data(torch.arange(100), held_out, None)
     assert torch.equal(data.batches(3, 2, 5), data.batches(3, 2, 5))
     assert not torch.equal(data.batches(3, 2, 5), data.batches(3, 2, 6))
     batches = data.batches(50, 4, 0)

@@ -32,7 +32,7 @@ from recipes.shared.augmentation import AugmentationArguments
 from recipes.shared.checks import DataError
 from recipes.shared.data import images
 from recipes.shared.data.image_batches import ImageBatches
-from recipes.shared.data.images import ArrayImages, load_images, read_folder
+from recipes.shared.data.images import ArrayImages, ImageArguments, load_images, read_folder
 from recipes.shared.run import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -281,8 +281,8 @@ def arrays(count=12, size=SIZE, classes=4):
 
 def built_in(monkeypatch, **options):
     def parts():
-        made = arrays(**options)
-        return {name: ArrayImages(name, images.FASHION_MNIST_CLASSES, *made) for name in ("train", "test")}
+        pixels, labels = arrays(**options)
+        return {name: ArrayImages(name, images.FASHION_MNIST_CLASSES, labels, pixels) for name in ("train", "test")}
 
     monkeypatch.setattr(images, "fashion_mnist", parts)
 
@@ -300,7 +300,7 @@ def test_the_built_in_images_are_normalised_by_their_own_statistics(tmp_path, mo
 @pytest.mark.parametrize("shape", [(12, SIZE, SIZE), (12, SIZE, SIZE, 3)], ids=["grey", "colour"])
 def test_images_in_memory_become_the_pixels_that_the_processor_makes(shape):
     values = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    source = ArrayImages("numbers", CLASSES, values, np.zeros(12))
+    source = ArrayImages("numbers", CLASSES, np.zeros(12), values)
     options = {"image_mean": [0.2, 0.3, 0.4], "image_std": [0.5, 0.6, 0.7], "do_convert_rgb": True, "resample": 3}
     processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}, **options)
     batch = ImageBatches(source, np.arange(12), processor, SIZE, 3).__getitems__([3, 1])[0]
@@ -338,7 +338,8 @@ def test_images_of_any_size_and_mode_fit_the_model(tmp_path, crop, channels):
 
 
 def test_an_augmented_batch_depends_on_seed_and_images_only():
-    source = ArrayImages("digits", CLASSES, *arrays())
+    pixels, labels = arrays()
+    source = ArrayImages("digits", CLASSES, labels, pixels)
     processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
     augmentation = AugmentationArguments(crop="pad", flip=True, randaugment_ops=2, mixup=0.8)
 
@@ -374,13 +375,13 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     assert asked == [("someone/things", "small")]
     assert results["data"]["dataset"] == "someone/things" and results["data"]["evaluation_examples"] == 4
 
-    train, held_out = load_images("someone/things")
+    train, held_out = load_images(ImageArguments("someone/things"))
     assert train.classes == list(CLASSES) and held_out.labels.tolist() == [0, 1, 2, 3]
     np.testing.assert_array_equal(np.asarray(train.read(1)), np.asarray(draw(1, 1, mode="RGB")))
 
     text = hub_splits(labels="dcba", label="kind", feature=datasets.Value("string"), image="img")
     monkeypatch.setattr(datasets, "load_dataset", lambda *name: text)
-    train, held_out = load_images("someone/things", label_column="kind")
+    train, held_out = load_images(ImageArguments("someone/things", label_column="kind"))
     assert train.classes == list("abcd") and held_out.labels.tolist() == [3, 2, 1, 0]
 
 
@@ -388,23 +389,23 @@ def test_wrong_data_sets_of_the_hub_are_refused(monkeypatch):
     splits = hub_splits(labels=(0, 1, -1, -1))
     monkeypatch.setattr(datasets, "load_dataset", lambda *name: splits)
     with pytest.raises(DataError, match=r"image 2 of a/b \(test\) has the label -1, outside its 4 classes"):
-        load_images("a/b")
+        load_images(ImageArguments("a/b"))
     with pytest.raises(DataError, match="no split 'dev' .it has train, test.: give --validation_split"):
-        load_images("a/b", validation_split="dev")
+        load_images(ImageArguments("a/b", validation_split="dev"))
     with pytest.raises(DataError, match="no column kind"):
-        load_images("a/b", label_column="kind")
+        load_images(ImageArguments("a/b", label_column="kind"))
     splits = hub_splits(label="kind", feature=datasets.Value("string"), labels="abcx")
     with pytest.raises(DataError, match="no one label column among image, kind: give --label_column"):
-        load_images("a/b")
+        load_images(ImageArguments("a/b"))
     with pytest.raises(DataError, match="outside its 4 classes"):
-        load_images("a/b", label_column="kind")
+        load_images(ImageArguments("a/b", label_column="kind"))
 
     def unreachable(*name):
         raise ConnectionError("no route\nto anywhere")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match="cannot be read from the Hub: no route$"):
-        load_images("a/b")
+        load_images(ImageArguments("a/b"))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -14,14 +14,14 @@ from PIL import Image
 from hf_multimax.publishing.results import Results
 from recipes.image_classification import add_stochastic_depth
 from recipes.shared.checks import DataError, check_numbers
-from recipes.shared.data.images import StoredImages, load_images, read_folder
+from recipes.shared.data.images import ImageArguments, StoredImages, load_images, read_folder
 from recipes.shared.data.sources import ABOUT, describe, reading_with_datasets
 from recipes.shared.record import curve, finite, over_seeds
 from recipes.shared.table import columns, comparison_rows, markdown
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 #: The documented parts of the package.
-PUBLIC = {"training", "diagnostics", "peft", "plots", "cache"}
+PUBLIC = {"training", "diagnostics", "peft", "plots", "plots.style", "cache"}
 PUBLIC |= {"publishing.results", "publishing.card", "publishing.hub"}
 
 
@@ -152,7 +152,7 @@ def test_a_class_may_have_folders_of_its_own_and_any_split_a_name(tmp_path):
             (tmp_path / split / place).mkdir(parents=True)
             Image.new("L", (4, 4)).save(tmp_path / split / place / "[0].png")
         (tmp_path / split / "README.md").write_text("no class")
-    train, held_out = load_images(str(tmp_path), "my train", "2nd")
+    train, held_out = load_images(ImageArguments(str(tmp_path), "my train", "2nd"))
     assert train.classes == held_out.classes == ["cats", "dogs"] and train.labels.tolist() == [0, 1]
     assert held_out.read(0).size == (4, 4)
     (tmp_path / "2nd" / "cats").rename(tmp_path / "2nd" / "zebras")

@@ -23,12 +23,12 @@ from recipes.language_modeling import TextArguments
 from recipes.shared import tokens
 from recipes.shared.checks import DataError
 from recipes.shared.data import sentences
-from recipes.shared.data.sentence_batches import LengthBuckets, Sentences
+from recipes.shared.data.sentence_batches import LengthBuckets, in_buckets, tokenize
 from recipes.shared.data.sentences import TranslationArguments
 from recipes.shared.models import ModelArguments
 from recipes.shared.record import read_yaml
 from recipes.shared.run import parse
-from recipes.translation import SmoothedLoss
+from recipes.translation import smoothed_loss
 
 ROOT = Path(__file__).parents[1]
 CLASSES = (ModelArguments, TranslationArguments, MultiMaxSeq2SeqTrainingArguments)
@@ -271,13 +271,13 @@ def test_tokens_come_back_as_they_were_written(files):
     assert model == tokens.train_sentencepiece(pairs(), 60)
     for make_tokenizer in (tokens.marian_tokenizer, tokens.t5_tokenizer):
         tokenizer = make_tokenizer(model, options)
-        tokenized = Sentences(pairs(), tokenizer, options, cut=False)
-        for row, (source, target) in zip(tokenized.rows, pairs()):
+        tokenized = tokenize(pairs(), tokenizer, options, cut=False)
+        for (*_, row), (source, target) in zip(tokenized, pairs()):
             assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == source
             assert tokenizer.decode(row["labels"], skip_special_tokens=True) == target
             assert tokenizer.unk_token_id not in row["input_ids"] + row["labels"]
             assert row["labels"][-1] == tokenizer.eos_token_id
-        assert max(max(row["input_ids"]) for row in tokenized.rows) < len(tokenizer)
+        assert max(max(example.row["input_ids"]) for example in tokenized) < len(tokenizer)
 
 
 # -- batches and loss --------------------------------------------------------------------------------------------------
@@ -311,12 +311,11 @@ def test_options_of_generation_that_do_not_act_are_refused(tmp_path, option):
 def test_evaluation_buckets_hold_every_sentence_with_its_reference(files):
     options = TranslationArguments(vocab_size=60)
     tokenizer = tokens.marian_tokenizer(tokens.train_sentencepiece(pairs(), 60), options)
-    tokenized = Sentences(pairs(), tokenizer, options, cut=False)
-    ordered = tokenized.in_buckets(8)
-    assert sorted(ordered.pairs) == sorted(pairs())
-    for row, (source, _) in zip(ordered.rows, ordered.pairs):
+    ordered = in_buckets(tokenize(pairs(), tokenizer, options, cut=False), 8)
+    assert sorted((source, target) for source, target, _ in ordered) == sorted(pairs())
+    for source, _, row in ordered:
         assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == source
-    lengths = [len(row["input_ids"]) for row in ordered.rows]
+    lengths = [len(example.row["input_ids"]) for example in ordered]
     assert lengths != sorted(lengths)
     assert all(max(lengths[i : i + 8]) - min(lengths[i : i + 8]) <= 6 for i in range(0, 60, 8))
 
@@ -331,7 +330,7 @@ def test_label_smoothing_of_modulated_logits(name, items):
     batch = inputs_for(model)
     labels = batch.pop("labels")
     outputs = model(**batch, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=labels))
-    loss = SmoothedLoss(0.1)(outputs, labels, num_items_in_batch=items)
+    loss = smoothed_loss(outputs, labels, num_items_in_batch=items, smoothing=0.1)
     log_p = outputs.logits.log_softmax(-1)
     kept = labels != -100
     nll = -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]

@@ -1,16 +1,12 @@
 """Training a part of a checkpoint only: the scalars of its attention, low-rank updates (LoRA), or both, by PEFT."""
 
-import dataclasses
-import functools
-from typing import Any
-
-from transformers import PreTrainedModel, Trainer
+from torch import nn
+from transformers import PreTrainedModel
 
 from recipes.shared.checks import DataError
 from recipes.shared.models import ADAPTERS, ModelArguments, normalizer_config
-from recipes.shared.run import Job
 
-__all__ = ["with_adapter"]
+__all__ = ["trained_part"]
 
 #: What a rank-8 update is scaled by is this over the rank, as in PEFT's examples.
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -18,14 +14,17 @@ LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 HEADS = {"image-classification": ["classifier"]}
 
 
-def with_adapter(job: Job, options: ModelArguments) -> Job:
-    """The job as it is without ``--adapter``, else one that trains and saves an adapter of its model.
+def trained_part(model: PreTrainedModel, task: str, options: ModelArguments) -> nn.Module:
+    """What the Trainer trains and saves: the model without ``--adapter``, else an adapter that is put into it.
+
+    Args:
+        task: the Hub's name of it.
 
     Raises:
         DataError: for an unknown adapter, one of a model made from scratch, or one of nothing.
     """
     if options.adapter is None:
-        return job
+        return model
     from peft import LoraConfig, get_peft_model  # slow to import
 
     from hf_multimax.peft import MultiMaxAdapterConfig
@@ -37,7 +36,7 @@ def with_adapter(job: Job, options: ModelArguments) -> Job:
     config = normalizer_config(options, pretraining=False)
     if config is None and "multimax" in options.adapter:
         raise DataError(f"--adapter {options.adapter} trains what replaces SoftMax: leave out --normalizer softmax")
-    heads = HEADS.get(job.task, [])
+    heads = HEADS.get(task, [])
     if options.adapter == "multimax":
         # What is left open is the adapter's to choose.
         values = {**config.to_dict(), "order": options.order, "per_head": options.per_head}
@@ -45,10 +44,6 @@ def with_adapter(job: Job, options: ModelArguments) -> Job:
     else:
         scalars = [f"multimax{part}" for part in ("", *(["_output"] if options.output else []))]
         adapter = LoraConfig(**LORA, modules_to_save=heads + (scalars if "multimax" in options.adapter else []) or None)
-    trained = get_peft_model(job.model, adapter)
+    trained = get_peft_model(model, adapter)
     trained.print_trainable_parameters()
-
-    def trainer(model: PreTrainedModel, **arguments: Any) -> Trainer:
-        return job.trainer_class(model=trained, **arguments)
-
-    return dataclasses.replace(job, trainer_class=functools.wraps(job.trainer_class, updated=())(trainer))
+    return trained

@@ -4,7 +4,7 @@ All randomness comes from a ``numpy.random.Generator`` that the caller gives, so
 another process or after an interruption, is the same batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -77,10 +77,7 @@ def resized_crop(
 ) -> Image.Image:
     """A random part of an image as ``size`` x ``size``: ``min_area`` to 1 of its area, aspect ratio 3/4 to 4/3."""
     width, height = image.size
-    for _ in range(10):
-        area = width * height * rng.uniform(min_area, 1.0)
-        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+    for w, h in _draw_sides(width * height, (min_area, 1.0), (3 / 4, 4 / 3), rng):
         if 0 < w <= width and 0 < h <= height:
             break
     else:  # a very long or thin image: the largest square
@@ -89,29 +86,34 @@ def resized_crop(
     return image.resize((size, size), resample, box=(left, top, left + w, top + h))
 
 
+def _draw_sides(
+    area: int, shares: tuple[float, float], aspects: tuple[float, float], rng: np.random.Generator
+) -> Iterator[tuple[int, int]]:
+    """Ten random boxes by their sides: an even share of the area, and an aspect ratio that is even in its logarithm."""
+    for _ in range(10):
+        drawn = area * rng.uniform(*shares)
+        aspect = np.exp(rng.uniform(*np.log(aspects)))
+        yield round(np.sqrt(drawn * aspect)), round(np.sqrt(drawn / aspect))
+
+
 # -- RandAugment -------------------------------------------------------------------------------------------------------
 
 
 def rand_augment(
-    image: Image.Image,
-    operations: int,
-    magnitude: float,
-    std: float,
-    rng: np.random.Generator,
-    fill: tuple[int, ...],
+    image: Image.Image, options: AugmentationArguments, rng: np.random.Generator, fill: tuple[int, ...]
 ) -> Image.Image:
     """RandAugment (Cubuk et al., 2020) in the form DeiT trains with: strength grows with magnitude in every operation.
 
     Args:
         image: of mode L or RGB; stays as it is in mode and size.
-        operations: how many are drawn, with replacement; each is then applied with probability 1/2.
-        magnitude, std: the strength of each is drawn from this normal distribution and cut to [0, 10].
+        options: how many operations are drawn, with replacement, of which each is then applied with probability 1/2;
+            and the normal distribution from which the strength of each is drawn, cut to [0, 10].
         fill: the colour of what a rotation or shift uncovers, a number for each channel.
     """
-    for name in rng.choice(list(OPERATIONS), size=operations):
+    for name in rng.choice(list(OPERATIONS), size=options.randaugment_ops):
         if rng.random() < 0.5:
-            strength = np.clip(rng.normal(magnitude, std), 0, MAX_MAGNITUDE) / MAX_MAGNITUDE
-            image = OPERATIONS[name](image, _Draw(strength, rng.choice((-1.0, 1.0)), fill))
+            magnitude = np.clip(rng.normal(options.randaugment_magnitude, options.randaugment_std), 0, MAX_MAGNITUDE)
+            image = OPERATIONS[name](image, _Draw(magnitude / MAX_MAGNITUDE, rng.choice((-1.0, 1.0)), fill))
     return image
 
 
@@ -177,10 +179,7 @@ def erase(pixels: np.ndarray, probability: float, rng: np.random.Generator) -> n
     """
     _, channels, height, width = pixels.shape
     for image in np.flatnonzero(rng.random(len(pixels)) < probability):
-        for _ in range(10):
-            area = height * width * rng.uniform(0.02, 1 / 3)
-            aspect = np.exp(rng.uniform(np.log(0.3), np.log(3.3)))
-            h, w = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        for h, w in _draw_sides(height * width, (0.02, 1 / 3), (0.3, 3.3), rng):
             if 0 < h < height and 0 < w < width:
                 top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
                 pixels[image, :, top : top + h, left : left + w] = rng.standard_normal((channels, h, w))
@@ -194,7 +193,7 @@ def one_hot(labels: np.ndarray, classes: int, smoothing: float = 0.0) -> np.ndar
 
 
 def mix(
-    pixels: np.ndarray, targets: np.ndarray, mixup_alpha: float, cutmix_alpha: float, rng: np.random.Generator
+    pixels: np.ndarray, targets: np.ndarray, options: AugmentationArguments, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mixup or cutmix of a whole batch; if both have an alpha, either with probability 1/2.
 
@@ -205,10 +204,10 @@ def mix(
     Returns:
         Both, mixed; those given, if neither has an alpha.
     """
-    if cutmix_alpha and (not mixup_alpha or rng.random() < 0.5):
-        return cutmix(pixels, targets, rng.beta(cutmix_alpha, cutmix_alpha), rng)
-    if mixup_alpha:
-        return mixup(pixels, targets, rng.beta(mixup_alpha, mixup_alpha), rng)
+    if options.cutmix and (not options.mixup or rng.random() < 0.5):
+        return cutmix(pixels, targets, rng.beta(options.cutmix, options.cutmix), rng)
+    if options.mixup:
+        return mixup(pixels, targets, rng.beta(options.mixup, options.mixup), rng)
     return pixels, targets
 
 

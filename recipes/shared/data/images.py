@@ -7,6 +7,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import datasets
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
-from recipes.shared.checks import DataError
+from recipes.shared.checks import DataError, check_numbers, explained
 from recipes.shared.data.debian import debian_folder
-from recipes.shared.data.sources import first_line, is_path, reading_with_datasets
+from recipes.shared.data.sources import is_path, reading_with_datasets
 
 BUILT_IN = "fashion-mnist"
 FASHION_MNIST_CLASSES = (
@@ -36,6 +38,38 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".t
 VALIDATION_SPLITS = ("validation", "val", "valid", "test")
 
 
+@dataclass
+class ImageArguments:
+    """The images, and how the model sees them."""
+
+    data: str = HfArg(
+        default=BUILT_IN, help=f"{BUILT_IN}, a folder <split>/<class>/<image>, or a Hub set as name[:configuration]"
+    )
+    train_split: str = HfArg(default="train", help="name of the split to train on")
+    validation_split: str | None = HfArg(
+        default=None, help="of the held-out split; default: validation, val, valid or test"
+    )
+    image_column: str | None = HfArg(default=None, help="of a Hub set; default: its image column")
+    label_column: str | None = HfArg(default=None, help="of a Hub set; default: its class label column")
+    max_train_images: int | None = HfArg(default=None, help="train on a random choice of that many")
+    max_eval_images: int | None = HfArg(default=None, help="evaluate on a random choice of that many")
+    check_images: bool = HfArg(
+        default=True, help="decode every image once before training, to find those that cannot be read"
+    )
+    eval_crop: float = HfArg(
+        default=1.0, help="pre-training: the share of a side that evaluation's centre crop keeps; 1: the whole image"
+    )
+    stochastic_depth: float = HfArg(
+        default=0.0, help="probability to drop a residual branch of the last block; it grows linearly from 0"
+    )
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "(0, 1]", "eval_crop")
+        check_numbers(self, "[0, 1)", "stochastic_depth")
+        check_numbers(self, "(0, inf)", "max_train_images", "max_eval_images")
+
+
+@dataclass(eq=False)
 class LabelledImages(ABC):
     """Images that are read one by one.
 
@@ -48,12 +82,16 @@ class LabelledImages(ABC):
         DataError: for a label outside the classes.
     """
 
-    def __init__(self, name: str, classes: Sequence[str], labels: Sequence[int] | np.ndarray) -> None:
-        self.name, self.classes, self.labels = name, list(classes), np.asarray(labels, dtype=np.int64)
+    name: str
+    classes: Sequence[str]
+    labels: Sequence[int] | np.ndarray
+
+    def __post_init__(self) -> None:
+        self.classes, self.labels = list(self.classes), np.asarray(self.labels, dtype=np.int64)
         outside = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))
         if len(outside):
             raise DataError(
-                f"image {outside[0]} of {name} has the label {self.labels[outside[0]]}, outside its "
+                f"image {outside[0]} of {self.name} has the label {self.labels[outside[0]]}, outside its "
                 f"{len(self.classes)} classes (and {len(outside) - 1} more)"
             )
 
@@ -69,12 +107,11 @@ class LabelledImages(ABC):
         return None
 
 
+@dataclass(eq=False)
 class ArrayImages(LabelledImages):
     """Images ``[n, height, width]`` (grey) or ``[n, height, width, 3]``, uint8, in memory."""
 
-    def __init__(self, name: str, classes: Sequence[str], images: np.ndarray, labels: np.ndarray) -> None:
-        super().__init__(name, classes, labels)
-        self.images = images
+    images: np.ndarray
 
     def read(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index])
@@ -84,18 +121,15 @@ class ArrayImages(LabelledImages):
         return chosen[..., None] if chosen.ndim == 3 else chosen
 
 
+@dataclass(eq=False)
 class StoredImages(LabelledImages):
     """Images that are decoded when they are read.
 
-    Args:
+    Attributes:
         entries: what ``datasets`` holds of each image, ``{"path": ..., "bytes": ...}``, or None.
     """
 
-    def __init__(
-        self, name: str, classes: Sequence[str], labels: Sequence[int], entries: Sequence[dict[str, Any] | None]
-    ) -> None:
-        super().__init__(name, classes, labels)
-        self.entries = entries
+    entries: Sequence[dict[str, Any] | None]
 
     def read(self, index: int) -> Image.Image:
         entry = self.entries[int(index)]
@@ -103,58 +137,37 @@ class StoredImages(LabelledImages):
         name = path if path and os.path.isabs(path) else f"image {index} of {self.name}"
         if entry is None:
             raise DataError(f"{name} is missing")
-        try:
+        with explained(f"{name} cannot be read", OSError, SyntaxError, ValueError):
             # Photos are stored turned, with a note of that; a pipeline turns them, too.
             image = ImageOps.exif_transpose(datasets.Image().decode_example(entry))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{name} cannot be read: {error}") from error
         if image.mode.startswith(("I", "F")):  # converting cuts what is above 255
             raise DataError(f"{name} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits first")
         return image
 
 
-def load_images(
-    source: str,
-    train_split: str = "train",
-    validation_split: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-) -> tuple[LabelledImages, LabelledImages]:
+def load_images(options: ImageArguments) -> tuple[LabelledImages, LabelledImages]:
     """Training and held-out images with the same classes.
-
-    Args:
-        source: ``"fashion-mnist"``, a folder with a folder for each split, or a data set of the Hub as ``name`` or
-            ``name:configuration``.
-        train_split, validation_split: their names; default of the second: the first there is of validation, val,
-            valid and test.
-        image_column, label_column: of a data set of the Hub; default: its only image and class label column.
 
     Raises:
         DataError: if there is no such thing, or no images in it.
     """
-    path = Path(source).expanduser()
-    if source == BUILT_IN:
+    path = Path(options.data).expanduser()
+    if options.data == BUILT_IN:
         splits = fashion_mnist()
-        train_name, held_out_name = _choose_splits(source, splits, train_split, validation_split)
-        return splits[train_name], splits[held_out_name]
+        train, held_out = _choose_splits(options, splits)
+        return splits[train], splits[held_out]
     if path.is_dir():
-        names = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
-        train_name, held_out_name = _choose_splits(source, names, train_split, validation_split)
-        train = read_folder(path / train_name)
-        return train, read_folder(path / held_out_name, train.classes)
-    if path.exists() or is_path(source):
-        raise DataError(f"there is no folder {source}")
-    name, _, configuration = source.partition(":")
-    with reading_with_datasets(f"{source} is neither {BUILT_IN} nor a folder, and cannot be read from the Hub"):
+        train, held_out = _choose_splits(options, sorted(place.name for place in path.iterdir() if place.is_dir()))
+        images = read_folder(path / train)
+        return images, read_folder(path / held_out, images.classes)
+    if path.exists() or is_path(options.data):
+        raise DataError(f"there is no folder {options.data}")
+    name, _, configuration = options.data.partition(":")
+    with reading_with_datasets(f"{options.data} is neither {BUILT_IN} nor a folder, and cannot be read from the Hub"):
         splits = datasets.load_dataset(name, configuration or None)
-    train_name, held_out_name = _choose_splits(source, splits, train_split, validation_split)
-    features = splits[train_name].features
-    columns = (
-        _choose_column(source, features, "image", image_column, datasets.Image),
-        _choose_column(source, features, "label", label_column, datasets.ClassLabel),
-    )
-    train = _read_hub(f"{source} ({train_name})", splits[train_name], columns)
-    return train, _read_hub(f"{source} ({held_out_name})", splits[held_out_name], columns, train.classes)
+    train, held_out = _choose_splits(options, splits)
+    images = _read_hub(options, splits, train)
+    return images, _read_hub(options, splits, held_out, images.classes)
 
 
 def check_readable(images: LabelledImages, indices: Sequence[int], quiet: bool) -> None:
@@ -165,14 +178,15 @@ def check_readable(images: LabelledImages, indices: Sequence[int], quiet: bool) 
             pass
 
 
-def _choose_splits(source: str, names: Iterable[str], train: str, validation: str | None) -> tuple[str, str]:
-    held_out = validation or next((name for name in VALIDATION_SPLITS if name in names), VALIDATION_SPLITS[0])
-    for name, option in ((train, "train_split"), (held_out, "validation_split")):
+def _choose_splits(options: ImageArguments, names: Iterable[str]) -> tuple[str, str]:
+    """The names of the splits to train on and to evaluate on."""
+    default = next((name for name in VALIDATION_SPLITS if name in names), VALIDATION_SPLITS[0])
+    chosen = {"train_split": options.train_split, "validation_split": options.validation_split or default}
+    for option, name in chosen.items():
         if name not in names:
-            raise DataError(
-                f"{source} has no split {name!r} (it has {', '.join(names) or 'none'}): give --{option} the right name"
-            )
-    return train, held_out
+            has = ", ".join(names) or "none"
+            raise DataError(f"{options.data} has no split {name!r} (it has {has}): give --{option} the right name")
+    return chosen["train_split"], chosen["validation_split"]
 
 
 # -- Fashion-MNIST -----------------------------------------------------------------------------------------------------
@@ -185,7 +199,7 @@ def fashion_mnist() -> dict[str, ArrayImages]:
         split: ArrayImages(
             f"{BUILT_IN} ({split})",
             FASHION_MNIST_CLASSES,
-            *(_read_idx(folder / f"{prefix}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1")),
+            *(_read_idx(folder / f"{prefix}-{kind}-ubyte.gz") for kind in ("labels-idx1", "images-idx3")),
         )
         for split, prefix in (("train", "train"), ("test", "t10k"))
     }
@@ -193,15 +207,13 @@ def fashion_mnist() -> dict[str, ArrayImages]:
 
 def _read_idx(path: Path) -> np.ndarray:
     """An array of unsigned bytes from a gzipped IDX file."""
-    try:
+    with explained(f"{path} is no IDX file of bytes", OSError, EOFError, ValueError, struct.error, zlib.error):
         data = gzip.decompress(path.read_bytes())
         zeros, kind, dimensions = struct.unpack_from(">HBB", data)
         shape = struct.unpack_from(f">{dimensions}I", data, 4)
         if zeros or kind != 0x08:
             raise ValueError(f"it starts with {data[:4].hex()}")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise DataError(f"{path} is no IDX file of bytes: {first_line(error)}") from error
 
 
 # -- folders and the Hub -----------------------------------------------------------------------------------------------
@@ -234,10 +246,12 @@ def read_folder(folder: Path, classes: Sequence[str] | None = None) -> StoredIma
 
 
 def _read_hub(
-    name: str, rows: datasets.Dataset, columns: tuple[str, str], classes: Sequence[str] | None = None
+    options: ImageArguments, splits: datasets.DatasetDict, split: str, classes: Sequence[str] | None = None
 ) -> StoredImages:
     """One split; labels are class labels, or any values of which each is a class."""
-    image, label = columns
+    name, rows = f"{options.data} ({split})", splits[split]
+    image = _choose_column(options, rows.features, "image", datasets.Image)
+    label = _choose_column(options, rows.features, "label", datasets.ClassLabel)
     own, values = getattr(rows.features[label], "names", None), rows.with_format(None)[label][:]
     if own is None:
         own = classes or [str(value) for value in sorted({value for value in values if value is not None})]
@@ -254,14 +268,15 @@ def _undecoded(rows: datasets.Dataset, column: str) -> Sequence[dict[str, Any] |
     return rows.cast_column(column, datasets.Image(decode=False))[column]
 
 
-def _choose_column(source: str, features: dict[str, Any], what: str, asked: str | None, kind: type) -> str:
+def _choose_column(options: ImageArguments, features: dict[str, Any], what: str, kind: type) -> str:
     """The column that is asked for, or the only one of that kind of feature, or the one named ``what``."""
+    asked, has = getattr(options, f"{what}_column"), ", ".join(features)
     if asked is not None and asked not in features:
-        raise DataError(f"{source} has no column {asked}, only {', '.join(features)}: give --{what}_column")
+        raise DataError(f"{options.data} has no column {asked}, only {has}: give --{what}_column")
     fitting = [name for name, feature in features.items() if isinstance(feature, kind)]
     candidates = [asked] if asked else fitting if len(fitting) == 1 else [name for name in (what,) if name in features]
     if not candidates:
-        raise DataError(f"{source} has no one {what} column among {', '.join(features)}: give --{what}_column")
+        raise DataError(f"{options.data} has no one {what} column among {has}: give --{what}_column")
     return candidates[0]
 
 

@@ -1,53 +1,46 @@
 """Tokenized pairs of sentences, and orders in which those of a batch have nearly the same length."""
 
-import copy
 import random
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from recipes.shared.data.sentences import Pair, TranslationArguments
 
 
-class Sentences(Dataset):
-    """Tokenized pairs: ``input_ids``, ``attention_mask`` and ``labels`` as lists, with the end-of-sentence token."""
+class Example(NamedTuple):
+    """A pair of sentences, and what the model sees of it: ``input_ids``, ``attention_mask`` and ``labels`` as lists."""
 
-    def __init__(
-        self, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, options: TranslationArguments, cut: bool
-    ) -> None:
-        self.pairs = pairs
-        limits = {"truncation": True, "max_length": options.max_length} if cut else {}
-        encoded = tokenizer(
-            [options.source_prefix + source for source, _ in pairs],
-            text_target=[target for _, target in pairs],
-            verbose=False,
-            **limits,
-        )
-        names = ("input_ids", "attention_mask", "labels")
-        self.rows = [dict(zip(names, row)) for row in zip(*(encoded[name] for name in names))]
+    source: str
+    target: str
+    row: dict[str, list[int]]
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index]
+def tokenize(
+    pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, options: TranslationArguments, cut: bool
+) -> list[Example]:
+    """The pairs with their tokens and the end-of-sentence token; ``cut`` shortens those that are too long."""
+    limits = {"truncation": True, "max_length": options.max_length} if cut else {}
+    encoded = tokenizer(
+        [options.source_prefix + source for source, _ in pairs],
+        text_target=[target for _, target in pairs],
+        verbose=False,
+        **limits,
+    )
+    names = ("input_ids", "attention_mask", "labels")
+    rows = zip(*(encoded[name] for name in names))
+    return [Example(*pair, dict(zip(names, row))) for pair, row in zip(pairs, rows)]
 
-    def select(self, indices: list[int]) -> "Sentences":
-        chosen = copy.copy(self)
-        chosen.pairs, chosen.rows = [self.pairs[i] for i in indices], [self.rows[i] for i in indices]
-        return chosen
 
-    def without_longer(self, length: int) -> "Sentences":
-        return self.select([i for i, row in enumerate(self.rows) if longest(row) <= length])
-
-    def in_buckets(self, batch: int) -> "Sentences":
-        """In an order that fills batches with sentences of nearly the same length; the batches come in any order."""
-        order = sorted(range(len(self)), key=lambda i: len(self.rows[i]["input_ids"]))
-        batches = [order[i : i + batch] for i in range(0, len(order), batch)]
-        last = batches.pop() if len(order) % batch else []
-        random.Random(0).shuffle(batches)
-        return self.select([i for batch in (*batches, last) for i in batch])
+def in_buckets(examples: list[Example], batch: int) -> list[Example]:
+    """In an order that fills batches with sentences of nearly the same length; the batches come in any order."""
+    order = sorted(examples, key=lambda example: len(example.row["input_ids"]))
+    batches = [order[i : i + batch] for i in range(0, len(order), batch)]
+    last = batches.pop() if len(order) % batch else []
+    random.Random(0).shuffle(batches)
+    return [example for batch in (*batches, last) for example in batch]
 
 
 def longest(row: dict[str, list[int]]) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 from transformers.hf_argparser import HfArg
 
 from recipes.shared.checks import DataError, check_numbers
@@ -112,12 +113,10 @@ def read_pairs(source: str, target: str | None, split: str, options: Translation
 
 
 def _help_pairs(options: TranslationArguments) -> list[Pair]:
-    languages = (options.source_lang, options.target_lang)
-    if languages == ("en", "de"):
-        return help_sentences()
-    if languages == ("de", "en"):
-        return [(german, english) for english, german in help_sentences()]
-    raise DataError(f"{HELP} has en and de, not {options.source_lang} to {options.target_lang}")
+    if {options.source_lang, options.target_lang} != {"en", "de"}:
+        raise DataError(f"{HELP} has en and de, not {options.source_lang} to {options.target_lang}")
+    pairs = help_sentences()
+    return pairs if options.source_lang == "en" else [(german, english) for english, german in pairs]
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -157,7 +156,7 @@ def _read_rows(source: str, split: str, options: TranslationArguments) -> list[P
         kind, problem = "row", f"the split {split!r} of the data set {source} cannot be read"
         name, _, configuration = (source, "", "") if path.is_dir() else source.partition(":")
         request = {"name": configuration or None, "split": split, "revision": options.data_revision}
-    with reading_with_datasets(problem) as datasets:
+    with reading_with_datasets(problem):
         rows = datasets.load_dataset(name, **request)
         return [_pair(row, f"{kind} {number} of {source}", options) for number, row in enumerate(rows, 1)]
 

@@ -1,13 +1,14 @@
 """Where data comes from: files, data sets of the Hub, and what results.json and model cards say of each source."""
 
 import re
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Container
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from recipes.shared.checks import DataError
+import datasets
+
+from recipes.shared.checks import DataError, explained
 
 #: What a model card says of the built-in data.
 ABOUT: dict[str, dict[str, Any]] = {
@@ -57,21 +58,7 @@ def read_file(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
-@contextmanager
-def reading_with_datasets(problem: str) -> Iterator[ModuleType]:
-    """Gives the library ``datasets``; what it raises becomes a DataError of one line that begins with ``problem``."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{problem} without `pip install datasets`") from error
-    try:
-        yield datasets
-    except DataError:
-        raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{problem}: {first_line(error.__cause__ or error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, or its kind."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def reading_with_datasets(problem: str) -> AbstractContextManager[None]:
+    """What the library ``datasets`` raises becomes a DataError of one line that begins with ``problem``."""
+    kinds = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    return explained(problem, *kinds, by_cause=True)

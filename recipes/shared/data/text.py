@@ -8,9 +8,11 @@ import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from recipes.shared.checks import DataError
+import datasets
+
+from recipes.shared.checks import DataError, explained
 from recipes.shared.data.debian import debian_folder
-from recipes.shared.data.sources import first_line, is_path, read_file, reading_with_datasets
+from recipes.shared.data.sources import is_path, read_file, reading_with_datasets
 
 SUFFIXES = (".txt", ".md", ".rst")
 
@@ -76,7 +78,7 @@ def _read_hub(source: str, max_characters: int) -> str:
     problem = f"{source} is no built-in text ({built_in}), no file, no folder, and cannot be read from the Hub"
     address, _, split = source.partition("@")
     name, _, configuration = address.partition(":")
-    with reading_with_datasets(problem) as datasets:
+    with reading_with_datasets(problem):
         rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
         column = _text_column(rows.features, source)
         return _join((row[column] for row in rows), max_characters)
@@ -111,7 +113,8 @@ def _read_ztext(folder: Path) -> str:
     (block, offset in it, length); all little-endian.
     """
     verses = []
-    try:
+    broken = (OSError, ValueError, IndexError, struct.error, zlib.error)
+    with explained(f"{folder} is no SWORD module in zText format", *broken):
         for testament in ("ot", "nt"):
             compressed = (folder / f"{testament}.bzz").read_bytes()
             blocks = [
@@ -121,8 +124,6 @@ def _read_ztext(folder: Path) -> str:
             for block, start, size in struct.iter_unpack("<2IH", (folder / f"{testament}.bzv").read_bytes()):
                 if size:
                     verses.append(blocks[block][start : start + size].decode("utf-8"))
-    except (OSError, ValueError, IndexError, struct.error, zlib.error) as error:
-        raise DataError(f"{folder} is no SWORD module in zText format: {first_line(error)}") from error
     return "".join(verses)
 
 
