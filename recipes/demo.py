@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("recipes").setLevel(logging.INFO)
     try:
         run(parse(arguments))
-    except DataError as error:
+    except (DataError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -331,7 +331,7 @@ def print_table(results: dict[str, Any]) -> None:
     arms = results["arms"].values()
     rows = [
         ("", *results["arms"]),
-        ("held-out perplexity", *(f"{arm['perplexity']:.3f}" for arm in arms)),
+        ("held-out perplexity", *(shown(arm["perplexity"], "not finite") for arm in arms)),
         ("step time, ms", *(f"{1000 * arm['step_seconds']:.1f}" if arm["step_seconds"] else "-" for arm in arms)),
         ("extra parameters", *(f"{arm['extra_parameters']:,}" for arm in arms)),
     ]

@@ -183,3 +183,9 @@ def test_batches_depend_on_the_seed_alone():
     assert batches.shape == (50, 4, 8) and torch.equal(
         batches[..., 1:] - batches[..., :-1], torch.ones(50, 4, 7).long()
     )
+
+
+def test_a_training_that_diverges_is_told_in_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="error: optimizer step .* lower the learning rate"):
+        demo.main(["--quick", "--learning-rate", "1e8", "--output", str(tmp_path / "made")])
+    assert not os.listdir(tmp_path)
