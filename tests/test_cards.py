@@ -23,9 +23,10 @@ import hf_multimax.publishing.card
 from hf_multimax import multimax_parameters, patch_model
 from hf_multimax.diagnostics import attention_statistics
 from hf_multimax.plots import plot_modulators
-from hf_multimax.publishing.card import layer_modulators, model_card, read_metrics
+from hf_multimax.publishing.card import layer_modulators, model_card
 from hf_multimax.publishing.results import MEASURES, Figure, Results
 from recipes import report
+from tests.card_metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 METRICS = {

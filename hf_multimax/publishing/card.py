@@ -1,4 +1,4 @@
-"""Model cards: rendered from a model and its results.json, put into a card that is there already, and read back."""
+"""Model cards: rendered from a model and its results.json, or put into a card that is there already."""
 
 import functools
 import importlib.resources
@@ -14,10 +14,10 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_multimax.publishing import tables
-from hf_multimax.publishing.results import Arm, Figure, Results, metric_label, one_line, with_spread
+from hf_multimax.publishing.results import Arm, Results, metric_label, one_line
 from hf_multimax.publishing.subject import Subject, find_subject, layer_modulators, stock_name
 
-__all__ = ["layer_modulators", "model_card", "read_metrics"]
+__all__ = ["layer_modulators", "model_card"]
 
 _INSTALL = "pip install hf-multimax"
 _NOTICE, _SECTION = "multimax-install", "multimax"
@@ -80,35 +80,6 @@ def model_card(
     card = ModelCard.from_template(data, template_str=template, **context)
     card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip("\n") + "\n"
     return card if existing is None else _edited(existing, card, replace_license=license is not None)
-
-
-def read_metrics(card: ModelCard | str | Path) -> dict[str, dict[str, Figure]]:
-    """The figures of a card's evaluation, ``{arm: {metric: figure}}``, in full precision: those of results.json.
-
-    They are read from the metadata; what the card's table shows must be their rounding.
-
-    Args:
-        card: the card, or the path of its file.
-
-    Raises:
-        ValueError: if the table shows another number than the metadata.
-    """
-    card = card if isinstance(card, ModelCard) else ModelCard.load(str(card))
-    found: dict[str, dict[str, Figure]] = {}
-    for entry in filter(_is_ours, card.data.eval_results or []):
-        args = entry.metric_args
-        figure = Figure(entry.metric_value, args.get("std"), args["seeds"])
-        found.setdefault(args["arm"], {})[entry.metric_type] = figure
-    shown = _shown_scores(card.text)
-    for arm, figures in found.items():
-        for metric, figure in figures.items():
-            text = shown.get((one_line(arm), metric_label(metric)))
-            decimals = len(text.split(" ± ")[0].partition(".")[2]) if text else 0
-            if text is None or text != with_spread(figure, decimals):
-                raise ValueError(
-                    f"the card's table shows {text!r} for {metric} of {arm!r}, its metadata {figure}: render it again"
-                )
-    return found
 
 
 # -- a card of its own ------------------------------------------------------------------------------------------------
@@ -332,18 +303,3 @@ def _block(marker: str) -> re.Pattern[str]:
 
 def _listed(value: Any) -> Iterable[str]:
     return [value] if isinstance(value, str) else value or []
-
-
-# -- reading a card ---------------------------------------------------------------------------------------------------
-
-
-def _shown_scores(text: str) -> dict[tuple[str, str], str]:
-    """The cells of the table of results in MultiMax's block, by arm and column."""
-    section = _block(_SECTION).search(text.replace("\r\n", "\n"))
-    results = re.search(r"^### Results\n(.*?)^### ", section.group() if section else "", re.DOTALL | re.MULTILINE)
-    lines = [line for line in (results.group(1) if results else "").splitlines() if line.startswith("| ")]
-    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    if not rows:
-        return {}
-    header, *body = rows
-    return {(row[0].strip("`"), column): cell for row in body for column, cell in zip(header[1:], row[1:])}
