@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_multimax.attention.triton.modulator import LARGEST_POWER, times_power
+from hf_multimax.attention.triton.scores import tanh
 from hf_multimax.loss.problem import Problem
 
 __all__ = ["row_losses"]
@@ -17,8 +19,6 @@ __all__ = ["row_losses"]
 MASKED = tl.constexpr(-1.7014117e38)
 LOWEST = tl.constexpr(-3.4028234e38)
 TINY = tl.constexpr(1.1754944e-38)
-#: logarithm (base 2) of the largest power that the scalars' gradients count
-LARGEST_POWER = tl.constexpr(120.0)
 #: 80 registers at order 2 on sm_90 (103 with every feature), no spills
 BLOCK, WARPS = 2048, 8
 
@@ -72,34 +72,20 @@ def row_losses(
 
 
 @triton.jit
-def _times_power(t, x, N: tl.constexpr):
-    """t * x^N, multiplied from t on: where t is 0 it stays 0, however large the power."""
-    out = t
-    for _ in tl.static_range(N):
-        out = out * x
-    return out
-
-
-@triton.jit
 def _score(row, bias, cols, vocab, cap, CAPPED: tl.constexpr):
-    """Capped logits of a block, 0 where masked; tanh(logits / cap); which are masked."""
+    """Capped logits of a block, 0 where masked; the slope of the cap; which are masked."""
     inside = cols < vocab
     x = tl.load(row + cols, mask=inside, other=float("-inf"))
     if bias is not None:
         x += tl.load(bias + cols, mask=inside, other=0.0)
     masked = x <= MASKED
     x = tl.where(masked, 0.0, x)
-    tanh = x
+    slope = 1.0
     if CAPPED:
-        # 2 * sigmoid(2z) - 1 cancels near 0, where z itself is exact enough
-        z = x / cap
-        far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(z)) + 1.0)
-        square = z * z
-        near = tl.abs(z) * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
-        tanh = tl.where(tl.abs(z) < 0.15, near, far)
-        tanh = tl.where(z < 0.0, -tanh, tanh)
-        x = cap * tanh
-    return x, tanh, masked
+        bent = tanh(x / cap)
+        x = cap * bent
+        slope = 1.0 - bent * bent
+    return x, slope, masked
 
 
 @triton.jit
@@ -117,7 +103,7 @@ def _modulate(x, masked, ranges, ts, ORDER: tl.constexpr):
     for n in tl.static_range(1, ORDER + 1):
         below = tl.maximum(tl.load(ranges + 2 * n - 2) - x, 0.0)
         above = tl.maximum(x - tl.load(ranges + 2 * n - 1), 0.0)
-        out += _times_power(tl.load(ts + 2 * n - 2), below, n) + _times_power(tl.load(ts + 2 * n - 1), above, n)
+        out += times_power(tl.load(ts + 2 * n - 2), below, n) + times_power(tl.load(ts + 2 * n - 1), above, n)
     return tl.where(masked, float("-inf"), out)
 
 
@@ -185,7 +171,7 @@ def _row_kernel(
         moments = tl.zeros([SUMS_PADDED], tl.float32)
         for start in range(0, vocab, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            score, tanh, masked = _score(row, bias, cols, vocab, cap, CAPPED)
+            score, cap_slope, masked = _score(row, bias, cols, vocab, cap, CAPPED)
             u = _affine(score, scale, shift)
             y = _modulate(u, masked, ranges, ts, ORDER)
             grad = tl.exp(y - peak) / total - share - tl.where(cols == label, 1.0 - smoothing, 0.0)
@@ -203,10 +189,10 @@ def _row_kernel(
                         slope += tl.where(relu > 0.0, signed, 0.0)
                         part = tl.where(relu > 0.0, grad, 0.0)
                     else:
-                        slope += _times_power(signed, relu, n - 1)
+                        slope += times_power(signed, relu, n - 1)
                         # powers that overflow are left out
                         relu = tl.where(relu < 2.0 ** (LARGEST_POWER / n), relu, 0.0)
-                        part = _times_power(grad, relu, n - 1)
+                        part = times_power(grad, relu, n - 1)
                     moments += tl.where(which == k, tl.sum(part * relu, 0), 0.0)
                     moments += tl.where(which == 2 * ORDER + k, tl.sum(part, 0), 0.0)
             grad = tl.where(grad == 0.0, 0.0, grad * slope)  # the slope may be infinite there
@@ -214,7 +200,5 @@ def _row_kernel(
                 moments += tl.where(which == SUMS - 2, tl.sum(grad * score, 0), 0.0)
                 moments += tl.where(which == SUMS - 1, tl.sum(grad, 0), 0.0)
                 grad = grad * tl.load(scale)
-            if CAPPED:
-                grad = grad * (1.0 - tanh * tanh)
-            tl.store(row + cols, grad, mask=cols < vocab)
+            tl.store(row + cols, grad * cap_slope, mask=cols < vocab)
         tl.store(sums + index * SUMS + which, moments, mask=which < SUMS)
