@@ -228,7 +228,7 @@ AGAIN = "Call it again"
     [
         ("stock model", "TypeError", ["push needs a MultiMax model", "patch_model"]),
         ("results that are no file", "FileNotFoundError", ["missing.json"]),
-        ("results that are no results", "ValueError", ["given as a dict are no JSON"]),
+        ("results that are no results", "ValueError", ["is no results.json"]),
         ("token with a line break", "ValueError", ["token is empty or has characters"]),
         ("bad token", "RuntimeError", ["someone/gpt2", "hf auth login", "HF_TOKEN"]),
         ("no right to write", "RuntimeError", ["another/base", "right to write", "create_pr=True"]),

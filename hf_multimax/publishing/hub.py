@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from hf_multimax.normalizers.base import is_patched
 from hf_multimax.plots import plot_modulators
 from hf_multimax.publishing.card import layer_modulators, model_card
+from hf_multimax.publishing.results import Results
 from hf_multimax.version import __version__
 
 __all__ = ["publish", "push"]
@@ -93,7 +94,7 @@ def push(
             if part is not None:
                 part.save_pretrained(folder)
         if results is not None:
-            _write_results(results, folder / RESULTS)
+            (folder / RESULTS).write_text(json.dumps(Results(results).values, indent=2) + "\n", encoding="utf-8")
         return publish(
             model,
             folder,
@@ -179,16 +180,6 @@ def _check_token(token: str | bool | None) -> None:
     """A token that no header can hold would be shown in the HTTP client's own error."""
     if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
         raise ValueError("token is empty or has characters that no token has: look for a space or line break in it")
-
-
-def _write_results(results: dict[str, Any] | str | PathLike[str], path: Path) -> None:
-    try:
-        values = results if isinstance(results, dict) else json.loads(Path(results).read_text(encoding="utf-8"))
-        text = json.dumps(values, indent=2, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        where = "given as a dict" if isinstance(results, dict) else f"of {results}"
-        raise ValueError(f"the results {where} are no JSON: {error}") from error
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _local_card(folder: Path) -> ModelCard | None:
