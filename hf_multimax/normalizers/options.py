@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_multimax.normalizers.registry import Option
-from hf_multimax.rows.choose import RowFunction
+from hf_multimax.rows.function import RowFunction
 
 __all__ = [
     "below_peak",

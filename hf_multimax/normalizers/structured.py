@@ -9,7 +9,7 @@ from hf_multimax.normalizers.entmax import entmax_package
 from hf_multimax.normalizers.options import below_peak, is_number, non_negative, of_numbers
 from hf_multimax.normalizers.prox import prox_oscar, prox_tv
 from hf_multimax.normalizers.registry import Option, register_normalizer, rowwise
-from hf_multimax.rows.choose import RowFunction
+from hf_multimax.rows.function import RowFunction
 
 __all__: list[str] = []
 
