@@ -57,7 +57,11 @@ def rowwise_attention(rows: Rowwise, call: Call) -> Tensor:
     options = (_of_heads(option, heads, call.q) for option in (chosen.value, chosen.beta, chosen.gamma))
     function = _Function(*options, KINDS.index(chosen.kind), float(chosen.a), float(chosen.b))
     arguments = (*function, *seeded(call))
-    return _Attention.apply(*arguments) if unseen(call.q, call.k, call.v) else _forward_op(*arguments)
+    if not unseen(call.q, call.k, call.v):
+        return _forward_op(*arguments)
+    tensors = (*function[:_TENSORS], *call.differentiable)
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return _Attention.apply(*arguments) if trains else _forward(*arguments)
 
 
 def _of_heads(option: float | Tensor | None, heads: int, like: Tensor) -> Tensor | None:
