@@ -1,4 +1,4 @@
-"""A call of the compiled extension: its arguments, packed as ``native.cpp`` reads them."""
+"""A call of the compiled extension: its arguments, packed as ``attention_call.h`` declares them."""
 
 import struct
 
@@ -12,8 +12,8 @@ __all__ = ["TYPES", "Packed", "dense_rows", "parameter"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 
-# ``Arguments`` of native.cpp, every field of which is made of 64-bit words. A struct packed at once costs a tenth of
-# a ctypes.Structure filled field by field, which decoding one token would notice.
+# ``Arguments`` of attention_call.h, every field of which is made of 64-bit words. A struct packed at once costs a tenth
+# of a ctypes.Structure filled field by field, which decoding one token would notice.
 VIEWS = ("q", "k", "v", "out", "grad_out", "bias", "mask", "grad_k", "grad_v")
 VIEW_WORDS = 6  # data, four strides, type
 POINTERS = (
@@ -54,16 +54,15 @@ class Packed:
         q, v, ranges = call.q, call.v, call.ranges
         self.batch, self.heads, self.rows, dim = q.shape
         _, self.kv_heads, self.keys, value_dim = v.shape
-        self._affine, size = None, 0
-        if ranges is not None:
-            self._parameters, size = ranges.shape, ranges.shape[-1]
+        self._parameters = torch.Size((0,)) if ranges is None else ranges.shape
+        self._affine, size = None, self._parameters[-1]
         self.threads = torch.get_num_threads()
         self._kept: list[Tensor] = [dense_rows(q), dense_rows(call.k), dense_rows(v)]
         self._words: list[int | float] = [0] * WORDS
         self._words[INPUTS] = [word for x in self._kept for word in _view(x)]
         self._words[SHAPE] = (
             self.batch, self.heads, self.kv_heads, self.rows, self.keys, dim, value_dim, size // 2,
-            size if ranges is not None and ranges.ndim == 2 else 0, 1, self.threads,
+            size if len(self._parameters) == 2 else 0, 1, self.threads,
         )  # fmt: skip
         self._words[BAND] = call.causal, call.window
         self._words[SCORES] = call.scale, call.softcap
