@@ -217,7 +217,8 @@ def adapter_step() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        normalizers, attention, attention_memory, row_attention, training_step, cross_entropy, scalar_start, adapter_step,
+        normalizers, attention, attention_memory, row_attention, training_step, cross_entropy, scalar_start,
+        adapter_step,
     )
 }  # fmt: skip
 

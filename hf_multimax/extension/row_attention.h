@@ -62,9 +62,14 @@ class Panels {
 
 // ---------------------------------------------------------------------------------------------------- blocks
 
+// How many keys so many rows may see together, at most
+int64_t seen(const Arguments& g, int64_t rows) {
+  return g.window < 0 ? g.keys : std::min(g.keys, 2 * g.window + rows);
+}
+
 int64_t block_rows(const Arguments& g, int64_t most) {
-  const int64_t seen = g.window < 0 ? g.keys : std::min(g.keys, 2 * g.window + most);
-  return std::min(g.rows, std::max(kFewestRows, std::min(most, kScores / std::max<int64_t>(seen, 1) / kStrip * kStrip)));
+  const int64_t fitting = kScores / std::max<int64_t>(seen(g, most), 1) / kStrip * kStrip;
+  return std::min(g.rows, std::max(kFewestRows, std::min(most, fitting)));
 }
 
 // Rows [row, row + count) of a head, and the keys [first, first + keys) that one of them may see
@@ -96,19 +101,20 @@ inline bool needs_scores(const Arguments& g) {
 
 BlockBuffers block_buffers(Pieces& piece, const Arguments& g, int64_t rows, bool backward) {
   BlockBuffers t{};
-  t.width = padded(g.keys) + kPanel, t.kept_width = backward ? t.width : 0;
+  const int64_t keys = padded(seen(g, rows) + kPanel);  // from the start of a panel on
+  t.width = keys + kPanel, t.kept_width = backward ? t.width : 0;
   const int64_t kept = backward ? rows * t.width : t.width;
   t.p = piece(rows * t.width), t.q = piece(rows * g.dim), t.line = piece(t.width);
   t.out = piece(rows * std::max(g.dim, g.value_dim));
   t.some = reinterpret_cast<int32_t*>(piece(t.width)), t.lanes = reinterpret_cast<int32_t*>(piece(t.width));
   if (g.softcap > 0) t.capped = piece(kept);
   if (g.dropout > 0) t.dropout = piece(kept);
-  t.row = buffers(piece, g.keys, is_structured(g.kind));
+  t.row = buffers(piece, keys, is_structured(g.kind));
   if (!backward) return t;
   if (needs_scores(g)) t.scores = piece(kept);
   if (is_structured(g.kind)) t.groups = reinterpret_cast<int32_t*>(piece(kept));
   t.dp = piece(kept), t.grad_out = piece(rows * g.value_dim), t.stats = piece(rows * kStats);
-  t.panels = piece(std::max(rows * padded(std::max(g.dim, g.value_dim)), padded(g.keys) * g.value_dim));
+  t.panels = piece(std::max(rows * padded(std::max(g.dim, g.value_dim)), keys * g.value_dim));
   return t;
 }
 
@@ -126,7 +132,7 @@ inline void times(float* x, const float* factors, int64_t n) {
 }
 
 // The weights of a block in t.p, and for the backward, which wants them without dropout, what else it has to know
-void weigh(const Arguments& g, const RowsOfHead& r, Matrix q, const BlockBuffers& t) {
+void weigh(const Arguments& g, const RowsOfHead& r, const BlockBuffers& t) {
   RowCall c = row_call(g, r.h);
   for (int64_t i = 0; i < r.count; ++i) {
     const Range in = clip(visible(g, r.row + i, 1), r.first, r.first + r.keys);
@@ -218,7 +224,7 @@ void single_row(const Arguments& g, int64_t b, int64_t h) {
     const int64_t n = std::min(kKeysAtOnce, r.keys - j);
     dot_rows(q.data, rows_of(g.k, b, kv, r.first + j, n, g.dim, plain), n, g.dim, float(g.scale), t.p + j);
   }
-  weigh(g, r, q, t);
+  weigh(g, r, t);
   std::fill(t.out, t.out + g.value_dim, 0.0f);
   auto weighs = [&](int64_t j) { return count(load(t.p + j) != 0.0f) > 0; };
   for (int64_t j = 0, n; j < r.keys; j += n) {  // runs of keys with weight
@@ -244,7 +250,7 @@ void rows_block(const Arguments& g, const KeyPanels& keys, int64_t b, int64_t h,
   const RowsOfHead r(g, b, h, row, most);
   const Matrix q = rows_of(g.q, b, h, row, r.count, g.dim, t.q);
   multiply<false>(r.count, r.keys, g.dim, float(g.scale), q, keys.k_transposed + r.first * g.dim, false, t.p, t.width);
-  weigh(g, r, q, t);
+  weigh(g, r, t);
   const int64_t m = weighed(t, r.count, r.keys);
   if (m < r.keys) squeeze(t, r.count, r.keys, m, t.p);
   product(t, r.count, g.value_dim, m, m == r.keys, 1.0f, t.p, keys.v + r.first * kPanel, g.keys, t.out);
@@ -302,7 +308,7 @@ void rows_block_back(const Arguments& g, const KeyPanels& keys, const BlockBuffe
   const Matrix grad_out = rows_of(g.grad_out, b, h, row, r.count, g.value_dim, t.grad_out);
   const float scale = float(g.scale);
   multiply<false>(r.count, r.keys, g.dim, scale, q, keys.k_transposed + r.first * g.dim, false, t.p, t.width);
-  weigh(g, r, q, t);
+  weigh(g, r, t);
   // entries without weight have no gradient, but that oscarmax gives scores of opposite sign one together
   const int64_t m = g.kind == kOscarMax ? r.keys : weighed(t, r.count, r.keys);
   const bool all = m == r.keys;

@@ -117,7 +117,8 @@ def _gradients(grad_out: Tensor, *arguments: Any) -> list[Tensor | None]:
     packed.views(grad_out=dense_rows(grad_out))
     q, k, v = call.q, call.k, call.v
     grad_q = q.new_empty(q.shape, dtype=torch.float32) if wanted["q"] else None
-    grad_k, grad_v = (x.new_zeros((splits, *x.shape)) if wanted[name] else None for name, x in (("k", k), ("v", v)))
+    copies = () if splits == 1 else (splits,)
+    grad_k, grad_v = (x.new_zeros((*copies, *x.shape)) if wanted[name] else None for name, x in (("k", k), ("v", v)))
     grad_bias = call.bias.new_zeros(call.bias.shape, dtype=torch.float32) if wanted["bias"] else None
     of_rows = [
         q.new_zeros(q.shape[:3], dtype=torch.float32) if wanted[x] else None for x in function._fields[:_TENSORS]
@@ -126,7 +127,8 @@ def _gradients(grad_out: Tensor, *arguments: Any) -> list[Tensor | None]:
         packed.grad_bias(grad_bias)
     pointers = {"grad_q": grad_q, **dict(zip(("grad_value", "grad_beta", "grad_gamma"), of_rows))}
     packed.pointers(**{name: x for name, x in pointers.items() if x is not None})
-    packed.views(**{name: x[0] for name, x in (("grad_k", grad_k), ("grad_v", grad_v)) if x is not None})
+    keys = (("grad_k", grad_k), ("grad_v", grad_v))
+    packed.views(**{name: x[0] if copies else x for name, x in keys if x is not None})
     packed.run("row_attention_backward")
     found = {"q": grad_q, "k": grad_k, "v": grad_v, "bias": grad_bias}
     options = [None if x is None else x.sum((0, 2), dtype=torch.float64).float() for x in of_rows]
