@@ -109,6 +109,21 @@ def attention_memory() -> str:
     )
 
 
+def row_attention() -> str:
+    """Attention through every normalizer over SoftMax's, and its memory."""
+    rows = _rows("row_attention", "cpu")
+    if not rows:
+        raise ValueError(f"{results_path('row_attention', 'cpu')} is missing: run `python -m benchmarks.row_attention`")
+    cases = [name.removesuffix(" forward") for name in rows[0] if name.endswith(" forward")]
+
+    def both(row: Row, case: str) -> str:
+        found = [row.get(f"{case} {phase}") for phase in ("forward", "training")]
+        return "-" if None in found else " / ".join(map(_ratio, found))
+
+    lines = [[row["normalizer"], *(both(row, case) for case in cases), f"{row['training MB']:,.0f}"] for row in rows]
+    return _table(["", *cases, "MB, 1x8x4096"], lines)
+
+
 def training_step() -> str:
     """Patched over stock, by model."""
     columns = {"patched / stock": "patched / stock"}
@@ -202,7 +217,8 @@ def adapter_step() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        normalizers, attention, attention_memory, training_step, cross_entropy, scalar_start, adapter_step,
+        normalizers, attention, attention_memory, row_attention, training_step, cross_entropy, scalar_start,
+        adapter_step,
     )
 }  # fmt: skip
 

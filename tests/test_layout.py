@@ -59,7 +59,7 @@ ORDER = (
 )
 #: What computes with tensors alone.
 KERNELS = ("attention.context", "attention.schema", "attention.call", "attention.operators")
-KERNELS = (*KERNELS, "attention.tiled", "attention.native", "attention.triton", "loss")
+KERNELS = (*KERNELS, "rows.call", "rows.function", "attention.tiled", "attention.native", "attention.triton", "loss")
 
 
 FOLDERS = {str(path.parent.relative_to(PACKAGE)).replace("/", ".") for path in PACKAGE.glob("*/**/__init__.py")}

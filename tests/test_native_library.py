@@ -310,7 +310,9 @@ extern "C" int multimax_forward(const void*) {
 }
 extern "C" void multimax_backward(const void*) {}
 extern "C" void multimax_rows_forward(const void*) {}
+extern "C" void multimax_row_attention_forward(const void*) {}
 extern "C" void multimax_rows_backward(const void*) {}
+extern "C" void multimax_row_attention_backward(const void*) {}
 """
 
 

@@ -596,7 +596,7 @@ def test_attention_has_exact_zeros(name):
         x = torch.randint(3, 61, (2, 48))
         modulate = attention.multimax.modulate
         patcher.setattr(attention.multimax, "modulate", lambda scores: seen.append(scores) or modulate(scores))
-        model(x)
+        model(x, output_attentions=True)
         attention.c_attn.weight[:, :32] *= 3 / seen[0].std()
         attention.c_attn.bias[:32] *= 3 / seen[0].std()
         weights = model(x, output_attentions=True).attentions[0]

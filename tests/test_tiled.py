@@ -7,6 +7,7 @@ from hf_multimax.attention.call import make_call
 from hf_multimax.attention.tiled import backend as tiled
 from hf_multimax.attention.tiled import tiles
 from hf_multimax.functional import masked_softmax
+from hf_multimax.rows.function import Rowwise
 from tests.attention_cases import CASES, Case, check, reference, run, through
 
 tiled_attention = through(tiled)
@@ -86,6 +87,10 @@ def test_dropout_is_the_same_in_backward_and_fair(monkeypatch):
         torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-4, atol=1e-4)
 
 
+def _rows(function, *parameters):
+    return Rowwise(function.__name__, lambda: (function, parameters))
+
+
 def _softmax(scores, keep):
     return scores.softmax(-1)
 
@@ -102,7 +107,9 @@ def test_any_row_function_runs_through_the_tiles(mask, monkeypatch):
     tensors["temperature"] = torch.rand(4, dtype=torch.float64) + 0.5
 
     def through_tiles(q, k, v, bias, temperature, **more):
-        return tiled.rowwise_attention(_temperature, (temperature,), make_call(q, k, v, None, None, bias=bias, **more))
+        return tiled.rowwise_attention(
+            _rows(_temperature, temperature), make_call(q, k, v, None, None, bias=bias, **more)
+        )
 
     def whole(q, k, v, bias, temperature, mask=None, **more):
         k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
@@ -124,10 +131,10 @@ def test_any_row_function_runs_through_the_tiles(mask, monkeypatch):
 
 def test_row_function_without_gradients_and_with_dropout():
     q = torch.randn(1, 2, 5, 4)
-    out = tiled.rowwise_attention(_softmax, (), make_call(q, q, q, None, None))
+    out = tiled.rowwise_attention(_rows(_softmax), make_call(q, q, q, None, None))
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q))
     q.requires_grad_()
-    tiled.rowwise_attention(_softmax, (), make_call(q, q, q, None, None, dropout_p=0.5)).sum().backward()
+    tiled.rowwise_attention(_rows(_softmax), make_call(q, q, q, None, None, dropout_p=0.5)).sum().backward()
     assert q.grad.isfinite().all()
 
 

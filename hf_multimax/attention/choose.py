@@ -12,6 +12,7 @@ from hf_multimax.attention.context import differentiated_by_functions
 from hf_multimax.attention.native import backend as native
 from hf_multimax.attention.tiled import backend as tiled
 from hf_multimax.attention.triton import backend as triton_attention
+from hf_multimax.rows.function import Rowwise
 
 __all__ = ["NAMES", "backend", "choose_kernel", "current_backend"]
 
@@ -73,12 +74,12 @@ def current_backend() -> str:
     return choice.name
 
 
-def choose_kernel(call: Call, *, weights: bool = False, other: str | None = None) -> ModuleType | None:
+def choose_kernel(call: Call, *, weights: bool = False, other: Rowwise | None = None) -> ModuleType | None:
     """The backend that computes a call; None for eager.
 
     Args:
         weights: whether the attention weights are to be returned, which no kernel ever has.
-        other: the name of a normalizer other than MultiMax, which only ``rowwise_attention`` computes.
+        other: a normalizer other than MultiMax, which only ``rowwise_attention`` computes.
 
     Raises:
         ValueError: if the user chose a backend that does not support the call; the text names the feature.
@@ -101,11 +102,11 @@ def choose_kernel(call: Call, *, weights: bool = False, other: str | None = None
     return None if _tiles_are_slower(call) or _missing(tiled, call, other) else tiled
 
 
-def _missing(kernel: ModuleType, call: Call, other: str | None) -> str | None:
+def _missing(kernel: ModuleType, call: Call, other: Rowwise | None) -> str | None:
     """What of a call a backend lacks."""
     if other is None:
         return kernel.unsupported(call)
-    return kernel.rowwise_unsupported(call) if hasattr(kernel, "rowwise_unsupported") else other
+    return kernel.rowwise_unsupported(other, call) if hasattr(kernel, "rowwise_unsupported") else other.name
 
 
 def _beyond_kernels(call: Call, weights: bool) -> str | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -15,7 +16,8 @@ from hf_multimax.attention.context import autocast_dtype, without_autocast
 from hf_multimax.attention.eager import eager_attention, with_mask
 from hf_multimax.attention.watched import attention_in_tiles, watched
 from hf_multimax.functional import Affine, masked_softmax, modulate
-from hf_multimax.normalizers.base import MultiMax, Normalizer, normalizers_by_row, on_its_device
+from hf_multimax.normalizers.base import Normalizer, normalizers_by_row, on_its_device
+from hf_multimax.rows.function import Rowwise
 
 __all__ = ["IMPLEMENTATION", "attention_forward", "multimax_attention", "scaled_dot_product_multimax"]
 
@@ -277,16 +279,20 @@ def _attend(
         stock_is_eager: without a normalizer, compute what Transformers' eager attention does, bit for bit.
     """
     q, k, v = tensors
-    if isinstance(normalizer, MultiMax):
-        call = make_call(q, k, v, normalizer.ranges, normalizer.ts, affine=normalizer.affine, **features)
+    modulator = None if normalizer is None else normalizer.modulator(q.device)
+    if modulator is not None:
+        ranges, ts, affine = modulator
+        call = make_call(q, k, v, ranges, ts, affine=affine, **features)
         kernel = choose_kernel(call, weights=weights_wanted)
         if kernel is not None:
             return kernel.attention(call), None
     elif normalizer is not None:
         call = make_call(q, k, v, None, None, **features)
-        kernel = choose_kernel(call, weights=weights_wanted, other=type(normalizer).__name__)
+        name = getattr(normalizer, "name", type(normalizer).__name__)
+        rows = Rowwise(name, partial(_row_function, normalizer), normalizer.compiled())
+        kernel = choose_kernel(call, weights=weights_wanted, other=rows)
         if kernel is not None:
-            return kernel.rowwise_attention(*_row_function(normalizer), call), None
+            return kernel.rowwise_attention(rows, call), None
     else:  # SoftMax, which kernels know as the modulator of slopes 0
         zeros = torch.zeros(2, device=q.device)
         call = make_call(q, k, v, zeros, zeros, **features)

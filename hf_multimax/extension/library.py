@@ -144,7 +144,8 @@ def open_library(path: Path) -> ctypes.CDLL:
     """
     library = ctypes.CDLL(str(path))
     try:
-        names = ("forward", "backward", "rows_forward", "rows_backward")
+        kinds = ("", "rows_", "row_attention_")
+        names = [f"{kind}{name}" for kind in kinds for name in ("forward", "backward")]
         for function in (getattr(library, f"multimax_{name}") for name in names):
             function.argtypes, function.restype = [ctypes.c_char_p], None
     except AttributeError as error:

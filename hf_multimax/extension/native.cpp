@@ -5,225 +5,13 @@
 // arithmetic is float32; storage may be bfloat16 or float16. The number of threads may change a result's last digit:
 // it sets the blocks of rows, and how many splits of the keys are added up.
 
-#include "vectors.h"
+#include "attention_call.h"
 
 namespace {
 
 constexpr float kLargestPower = 0x1p120f;  // scores of larger powers are left out of the slopes' gradients
 
-// Matrix products read their right factor from panels of kPanel columns, k rows each, zero-padded, so that a panel is
-// contiguous in the first cache whatever the layout of the tensor it came from.
-constexpr int kPanel = 2 * W;
-#if defined(__AVX__) && !defined(__AVX512F__)
-constexpr int kStrip = 6;  // rows of a register tile: 12 accumulators of 16 registers
-#else
-constexpr int kStrip = 12;  // 24 accumulators of 32 registers
-#endif
-
 constexpr int64_t kKeysForward = 512, kRowsForward = 2 * kStrip, kKeysBackward = 256, kRowsBackward = 10 * kStrip;
-
-}  // namespace
-
-extern "C" {
-
-// A [batch, heads, rows, columns] view; data is null where the argument is absent, strides count elements.
-struct View {
-  void* data;
-  int64_t stride[4];
-  int64_t type;
-};
-
-struct Arguments {
-  View q, k, v, out, grad_out, bias, mask, grad_k, grad_v;
-  float* out32;       // [splits, batch, heads, rows, value_dim] (forward, may be null), [batch, heads, ...] (backward)
-  float* top;         // [splits, batch, heads, rows] (no splits in the backward): each row's largest modulated score
-  float* total;       // shaped like top: sum of exp(score - top), 0 for a row that sees nothing
-  float* peak;        // shaped like top: that score before sigma; all three are null if not wanted
-  float* delta;       // [batch, heads, rows]: rowsum(out * grad_out), written by the backward
-  float* grad_q;      // [splits, batch, heads, rows, dim], zeros on entry; like grad_k and grad_v null where not wanted
-  float* grad_bias;   // contiguous, zeros on entry; null where not wanted
-  float* grad_ranges;    // contiguous, shaped like the parameters; the three are null where none of them is wanted
-  float* grad_ts;
-  float* grad_affine;    // null without affine
-  double* sums;  // [splits, batch, heads, 4 order + 2]: what those are the sums of; set by the backward itself
-  const float* ranges;   // [1 or heads, 2 order]
-  const float* ts;
-  const float* affine;  // [1 or heads, 2], null where absent
-  const float* sinks;   // [heads], null where absent
-  int64_t grad_bias_stride[4];
-  int64_t batch, heads, kv_heads, rows, keys, dim, value_dim, order;
-  int64_t parameter_stride;  // elements from one head to the next, 0 where shared
-  int64_t splits, threads, row_block;
-  int64_t affine_stride;   // as parameter_stride
-  int64_t causal, window;  // window -1: none
-  int64_t seed;
-  double scale, softcap, dropout;  // softcap 0: none
-};
-
-}  // extern "C"
-
-namespace {
-
-inline const char* at(const View& t, int64_t b, int64_t h, int64_t i, int64_t j) {
-  return static_cast<const char*>(t.data) +
-         size_of(t.type) * (b * t.stride[0] + h * t.stride[1] + i * t.stride[2] + j * t.stride[3]);
-}
-
-struct Matrix {
-  const float* data;
-  int64_t stride;
-};
-
-// Rows [start, start + count) of one head as floats: in place where they are floats already, else converted.
-Matrix rows_of(const View& t, int64_t b, int64_t h, int64_t start, int64_t count, int64_t columns, float* scratch) {
-  if (t.type == kFloat) return {reinterpret_cast<const float*>(at(t, b, h, start, 0)), t.stride[2]};
-  for (int64_t i = 0; i < count; ++i) read(at(t, b, h, start + i, 0), t.type, 1, columns, scratch + i * columns);
-  return {scratch, columns};
-}
-
-// ---------------------------------------------------------------------------------------------------- products
-
-int64_t padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
-
-// [n, columns] -> panels over the columns: a right factor whose inner dimension is n
-void pack(Matrix x, int64_t n, int64_t columns, float* to) {
-  for (int64_t c = 0; c < columns; c += kPanel, to += n * kPanel) {
-    const int64_t width = std::min<int64_t>(kPanel, columns - c);
-    for (int64_t i = 0; i < n; ++i) {
-      const float* from = x.data + i * x.stride + c;
-      float* line = to + i * kPanel;
-      if (width == kPanel) {
-        store(line, load(from)), store(line + W, load(from + W));
-      } else {
-        std::copy(from, from + width, line);
-        std::fill(line + width, line + kPanel, 0.0f);
-      }
-    }
-  }
-}
-
-// Transposes W vectors of W floats by log2(W) perfect shuffles.
-inline void transpose(vf* rows) {
-  vi low, high;
-  for (int i = 0; i < W; ++i) low[i] = i / 2 + (i % 2) * W, high[i] = low[i] + W / 2;
-  for (int step = 1; step < W; step *= 2) {
-    vf next[W];
-    for (int i = 0; i < W / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + W / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + W / 2], high);
-    }
-    for (int i = 0; i < W; ++i) rows[i] = next[i];
-  }
-}
-
-// [n, columns] -> panels over n of its transpose: a right factor whose inner dimension is columns
-void pack_transposed(Matrix x, int64_t n, int64_t columns, float* to) {
-  for (int64_t first = 0; first < n; first += kPanel, to += columns * kPanel) {
-    for (int half = 0; half < kPanel; half += W) {
-      const int64_t rows = std::max<int64_t>(0, std::min<int64_t>(W, n - first - half));
-      const float* from = x.data + (first + half) * x.stride;
-      int64_t c = 0;
-      if (rows == W) {
-        for (; c + W <= columns; c += W) {
-          vf block[W];
-          for (int i = 0; i < W; ++i) block[i] = load(from + i * x.stride + c);
-          transpose(block);
-          for (int i = 0; i < W; ++i) store(to + (c + i) * kPanel + half, block[i]);
-        }
-      }
-      for (; c < columns; ++c) {
-        for (int64_t i = 0; i < W; ++i) to[c * kPanel + half + i] = i < rows ? from[i * x.stride + c] : 0.0f;
-      }
-    }
-  }
-}
-
-// One register tile: c[M, width] = alpha a b (+ c), a stored [inner, M] where TRANSPOSED
-template <int M, bool TRANSPOSED>
-inline void tile(int64_t inner, float alpha, const float* a, int64_t lda, const float* b, bool add, float* c,
-                 int64_t ldc, int64_t width) {
-  vf sums[M][2] = {};
-#pragma GCC unroll 8
-  for (int64_t k = 0; k < inner; ++k) {
-    const vf b0 = load(b + k * kPanel), b1 = load(b + k * kPanel + W);
-#pragma GCC unroll 12
-    for (int i = 0; i < M; ++i) {
-      const vf x = splat(TRANSPOSED ? a[k * lda + i] : a[i * lda + k]);
-      sums[i][0] = fused(x, b0, sums[i][0]);
-      sums[i][1] = fused(x, b1, sums[i][1]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < M; ++i) {
-    float* line = c + i * ldc;
-    vf low = alpha * sums[i][0], high = alpha * sums[i][1];
-    if (width == kPanel) {
-      store(line, add ? load(line) + low : low), store(line + W, add ? load(line + W) + high : high);
-    } else {
-      float part[kPanel];
-      store(part, low), store(part + W, high);
-      for (int64_t j = 0; j < width; ++j) line[j] = add ? line[j] + part[j] : part[j];
-    }
-  }
-}
-
-template <int M, bool TRANSPOSED>
-void last_strip(int64_t m, int64_t inner, float alpha, const float* a, int64_t lda, const float* b, bool add, float* c,
-                int64_t ldc, int64_t width) {
-  if (m == M) return tile<M, TRANSPOSED>(inner, alpha, a, lda, b, add, c, ldc, width);
-  if constexpr (M > 1) last_strip<M - 1, TRANSPOSED>(m, inner, alpha, a, lda, b, add, c, ldc, width);
-}
-
-// c[m, n] = alpha a b (+ c) with b in panels of which the first `inner` rows are used; a is stored [inner, m] where
-// TRANSPOSED
-template <bool TRANSPOSED>
-void multiply(int64_t m, int64_t n, int64_t inner, float alpha, Matrix a, const float* panels, bool add, float* c,
-              int64_t ldc, int64_t panel_rows = 0) {
-  for (int64_t j = 0; j < n; j += kPanel, panels += (panel_rows ? panel_rows : inner) * kPanel) {
-    const int64_t width = std::min<int64_t>(kPanel, n - j);
-    int64_t i = 0;
-    for (; i + kStrip <= m; i += kStrip) {
-      tile<kStrip, TRANSPOSED>(inner, alpha, a.data + (TRANSPOSED ? i : i * a.stride), a.stride, panels, add,
-                               c + i * ldc + j, ldc, width);
-    }
-    if (i < m) {
-      last_strip<kStrip - 1, TRANSPOSED>(m - i, inner, alpha, a.data + (TRANSPOSED ? i : i * a.stride), a.stride,
-                                         panels, add, c + i * ldc + j, ldc, width);
-    }
-  }
-}
-
-// scores[j] = alpha q . k_j: one query row is a stream over the keys, which a matrix product does not do well
-void dot_rows(const float* q, Matrix k, int64_t n, int64_t dim, float alpha, float* scores) {
-  for (int64_t j = 0; j < n; ++j) {
-    const float* row = k.data + j * k.stride;
-    vf a{}, b{};
-    int64_t d = 0;
-    for (; d + 2 * W <= dim; d += 2 * W) {
-      a += load(q + d) * load(row + d);
-      b += load(q + d + W) * load(row + d + W);
-    }
-    float s = sum(a + b);
-    for (; d < dim; ++d) s += q[d] * row[d];
-    scores[j] = alpha * s;
-  }
-}
-
-// out += sum_j p_j v_j
-void add_rows(const float* p, Matrix v, int64_t n, int64_t dim, float* out) {
-  int64_t d = 0;
-  for (; d + 4 * W <= dim; d += 4 * W) {
-    vf a = load(out + d), b = load(out + d + W), c = load(out + d + 2 * W), e = load(out + d + 3 * W);
-    for (int64_t j = 0; j < n; ++j) {
-      const float* row = v.data + j * v.stride + d;
-      a += p[j] * load(row), b += p[j] * load(row + W), c += p[j] * load(row + 2 * W), e += p[j] * load(row + 3 * W);
-    }
-    store(out + d, a), store(out + d + W, b), store(out + d + 2 * W, c), store(out + d + 3 * W, e);
-  }
-  for (; d < dim; ++d) {
-    for (int64_t j = 0; j < n; ++j) out[d] += p[j] * v.data[j * v.stride + d];
-  }
-}
 
 // ---------------------------------------------------------------------------------------------------- the modulator
 
@@ -313,84 +101,11 @@ struct RowBuffers {
   float* bias;
 };
 
-struct Range {
-  int64_t low, high;
-};
-
-// The keys that rows [row, row + count) may see, as [low, high) of all keys, before any mask
-Range visible(const Arguments& g, int64_t row, int64_t count) {
-  const int64_t shift = g.keys - g.rows;
-  Range r{0, g.keys};
-  if (g.causal) r.high = std::min(r.high, row + count + shift);
-  if (g.window >= 0) {
-    r.low = std::max<int64_t>(0, row + shift - g.window + 1);
-    if (!g.causal) r.high = std::min(r.high, row + count - 1 + shift + g.window);
-  }
-  r.high = std::max(r.high, r.low);
-  return r;
-}
-
-Range clip(Range r, int64_t low, int64_t high) {
-  r.low = std::min(std::max(r.low, low), high) - low;
-  r.high = std::max(std::min(r.high, high) - low, r.low);
-  return r;
-}
-
-void mask_row(const Arguments& g, int64_t b, int64_t h, int64_t i, int64_t key, int64_t n, float* to) {
-  const char* from = at(g.mask, b, h, i, key);
-  const int64_t stride = g.mask.stride[3];
-  if (g.mask.type == kBool) {
-    const unsigned char* p = reinterpret_cast<const unsigned char*>(from);
-    if (stride == 1) {
-      for (int64_t j = 0; j < n; ++j) to[j] = p[j] ? 0.0f : -kInfinity;
-    } else {
-      for (int64_t j = 0; j < n; ++j) to[j] = p[j * stride] ? 0.0f : -kInfinity;
-    }
-    return;
-  }
-  const float lowest = g.mask.type == kHalf ? -32752.0f : g.mask.type == kBFloat16 ? -0x1.fep126f : kMasked;
-  read(from, g.mask.type, stride, n, to);
-  for (int64_t j = 0; j < n; ++j) to[j] = to[j] <= lowest ? -kInfinity : to[j];
-}
-
-inline uint64_t mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-// The dropout factors of a row: a function of (seed, head, row, key) alone, whatever the blocks
-void dropout_row(const Arguments& g, int64_t head, int64_t i, int64_t key, int64_t n, float* to) {
-  const uint64_t state = mix(mix(uint64_t(g.seed) + mix(uint64_t(head))) + uint64_t(i));
-  const uint32_t first = uint32_t(state), second = uint32_t(state >> 32);
-  const uint32_t limit = uint32_t(std::min(g.dropout * 4294967296.0, 4294967295.0));
-  const float kept = float(1.0 / (1.0 - g.dropout));
-  vu lane;
-  for (int l = 0; l < W; ++l) lane[l] = uint32_t(key + l);
-  for (int64_t j = 0; j < n; j += W) {
-    vu x = (lane + uint32_t(j)) * 0x9e3779b9u + first;
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = ((x ^ (x >> 15)) + second) * 0x846ca68bu;
-    x ^= x >> 16;
-    store(to + j, x >= limit ? splat(kept) : vf{});
-  }
-}
-
 // Raw products s[0, n) -> scores before sigma: softcap, bias, affine map. Keeps what the backward needs.
 void prepare_row(const Arguments& g, const Modulator& m, const RowBuffers& r, int64_t b, int64_t h, int64_t i,
                  int64_t key, int64_t n, float* s) {
-  if (g.softcap > 0) {
-    const float cap = float(g.softcap), inverse = float(1.0 / g.softcap);
-    for (int64_t j = 0; j < n; j += W) {
-      vf x = cap * tanh_(load(s + j) * inverse);
-      store(s + j, x), store(r.capped + j, x);
-    }
-  }
-  if (g.bias.data) {
-    read(at(g.bias, b, h, i, key), g.bias.type, g.bias.stride[3], n, r.bias);
-    for (int64_t j = 0; j < n; j += W) store(s + j, load(s + j) + load(r.bias + j));
-  }
+  if (g.softcap > 0) cap_row(g, n, s, r.capped);
+  if (g.bias.data) add_bias(g, b, h, i, key, n, s, r.bias);
   if (m.affine) {
     for (int64_t j = 0; j < n; j += W) {
       vf x = load(s + j);
@@ -452,11 +167,6 @@ bool has_nan(const float* s, int64_t n) {
     if (s[j] != s[j]) return true;
   }
   return false;
-}
-
-void fill_outside(float* s, Range inside, int64_t n) {
-  std::fill(s, s + inside.low, 0.0f);
-  std::fill(s + inside.high, s + n, 0.0f);
 }
 
 RowBuffers row_buffers(Pieces& piece, int64_t width) {
@@ -878,4 +588,4 @@ void multimax_backward(const Arguments* g) {
 
 }  // extern "C"
 
-#include "row_calls.h"
+#include "row_attention.h"

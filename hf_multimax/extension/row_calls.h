@@ -55,6 +55,21 @@ void forward_rest(const RowCall& g, const Line& l) {
   if (g.groups) std::fill(g.groups + l.row * l.n, g.groups + (l.row + 1) * l.n, -1);
 }
 
+// One row of any function but MultiMax
+void forward_one(const RowCall& g, int64_t row, const Buffers& t) {
+  if (g.stats) std::fill(g.stats + row * kStats, g.stats + (row + 1) * kStats, 0.0f);
+  const Line l = take(g, row, t, [](vf x) { return x; });
+  l.broken || l.peak == -kInfinity ? forward_rest(g, l) : forward_row(g, l, t);
+}
+
+void backward_one(const RowCall& g, const BackLine& l, const Buffers& t) {
+  if (largest_of(l.p, l.width) > 0.0f) return backward_row(g, l, t);
+  std::fill(l.dx, l.dx + l.n, 0.0f);  // nothing is kept, or it is NaN: no gradient passes
+  for (float* grad : {g.grad_value, g.grad_beta, g.grad_gamma}) {
+    if (grad) grad[l.row] = 0.0f;
+  }
+}
+
 template <int ORDER>
 void forward_rows(const RowCall& g, int64_t first, int64_t last) {
   const Buffers t = buffers(g.n, is_structured(g.kind));
@@ -67,11 +82,7 @@ void forward_rows(const RowCall& g, int64_t first, int64_t last) {
     }
     return;
   }
-  for (int64_t row = first; row < last; ++row) {
-    if (g.stats) std::fill(g.stats + row * kStats, g.stats + (row + 1) * kStats, 0.0f);
-    const Line l = take(g, row, t, [](vf x) { return x; });
-    l.broken || l.peak == -kInfinity ? forward_rest(g, l) : forward_row(g, l, t);
-  }
+  for (int64_t row = first; row < last; ++row) forward_one(g, row, t);
 }
 
 template <int ORDER>
@@ -90,15 +101,7 @@ void backward_rows(const RowCall& g, int64_t first, int64_t last, int64_t item) 
   }
   for (int64_t row = first; row < last; ++row) {
     const BackLine l = take_back(g, row, t);
-    const bool empty = !(largest_of(l.p, l.width) > 0.0f);  // nothing is kept, or it is NaN: no gradient passes
-    if (empty) {
-      std::fill(l.dx, l.dx + l.n, 0.0f);
-      for (float* grad : {g.grad_value, g.grad_beta, g.grad_gamma}) {
-        if (grad) grad[row] = 0.0f;
-      }
-    } else {
-      backward_row(g, l, t);
-    }
+    backward_one(g, l, t);
     finish(g, l);
   }
 }

@@ -74,22 +74,25 @@ inline int64_t whole(int64_t n) { return (n + W - 1) / W * W; }
 
 inline bool is_structured(int64_t kind) { return kind == kFusedMax || kind == kOscarMax; }
 
-Buffers buffers(int64_t n, bool structured) {
+Buffers buffers(Pieces& piece, int64_t n, bool structured) {
   const int64_t size = whole(n) + 2 * W;
-  Pieces piece;
   Buffers t{};
-  for (int pass = 0; pass < 2; ++pass) {
-    t.s = piece(size), t.p = piece(size), t.g = piece(size), t.dx = piece(size), t.a = piece(size), t.b = piece(size);
-    t.mask = reinterpret_cast<unsigned char*>(piece(size / 4 + W));
-    if (structured) {
-      t.d = reinterpret_cast<double*>(piece(2 * size)), t.e = reinterpret_cast<double*>(piece(2 * size));
-      t.i = reinterpret_cast<int32_t*>(piece(size)), t.j = reinterpret_cast<int32_t*>(piece(size));
-      t.k = reinterpret_cast<int32_t*>(piece(size));
-      t.keys = reinterpret_cast<uint64_t*>(piece(2 * size)), t.sorted = reinterpret_cast<uint64_t*>(piece(2 * size));
-    }
-    if (!pass) piece.allocate();
+  t.s = piece(size), t.p = piece(size), t.g = piece(size), t.dx = piece(size), t.a = piece(size), t.b = piece(size);
+  t.mask = reinterpret_cast<unsigned char*>(piece(size / 4 + W));
+  if (structured) {
+    t.d = reinterpret_cast<double*>(piece(2 * size)), t.e = reinterpret_cast<double*>(piece(2 * size));
+    t.i = reinterpret_cast<int32_t*>(piece(size)), t.j = reinterpret_cast<int32_t*>(piece(size));
+    t.k = reinterpret_cast<int32_t*>(piece(size));
+    t.keys = reinterpret_cast<uint64_t*>(piece(2 * size)), t.sorted = reinterpret_cast<uint64_t*>(piece(2 * size));
   }
   return t;
+}
+
+Buffers buffers(int64_t n, bool structured) {
+  Pieces piece;
+  buffers(piece, n, structured);
+  piece.allocate();
+  return buffers(piece, n, structured);
 }
 
 inline float value_of(const RowCall& g, int64_t row) { return g.value ? g.value[row] : float(g.a); }

@@ -281,7 +281,8 @@ void write(const float* from, int64_t n, int64_t type, char* to) {
   for (; i < n; ++i) p[i] = float_to_half(from[i]);
 }
 
-// A thread's scratch memory, kept between calls: it depends on block sizes and head dimensions only.
+// A thread's scratch memory, kept between calls: its size depends on block sizes, head dimensions and, where whole rows
+// are computed, on their length.
 class Scratch {
  public:
   float* reserve(int64_t count) {

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from hf_multimax.functional import compute_dtype, masked_softmax, modulate, multimax
+from hf_multimax.functional import Affine, compute_dtype, masked_softmax, modulate, multimax
 from hf_multimax.numbers import is_integer
+from hf_multimax.rows.function import RowFunction
 
 __all__ = ["LAYER", "OUTPUT", "MultiMax", "Normalizer", "NormalizerSwitch", "is_patched", "multimax_parameters"]
 
@@ -51,6 +52,14 @@ class Normalizer(nn.LayerNorm):
         """Probabilities along ``dim``, shaped and typed like ``x``; computed in float32, or float64 for float64."""
         scores = self.modulate(x.to(compute_dtype(x.dtype)))
         return self.normalize(scores, dim, mask).to(x.dtype)
+
+    def modulator(self, device: torch.device) -> tuple[Tensor, Tensor, Affine | None] | None:
+        """``ranges``, ``ts`` and ``affine`` of the MultiMax that this is, which kernels compute; None for others."""
+        return None
+
+    def compiled(self) -> RowFunction | None:
+        """This as a compiled function of rows, options as scalars or ``[heads]``; None where there is none."""
+        return None
 
     def reset_parameters(self) -> None:
         """Set the parameters to their initial values."""
@@ -177,6 +186,9 @@ class MultiMax(Normalizer):
         if self.scale is not None:
             self.scale.fill_(1.0)
             self.shift.zero_()
+
+    def modulator(self, device: torch.device) -> tuple[Tensor, Tensor, Affine | None]:
+        return self.ranges, self.ts, self.affine
 
     def modulate(self, x: Tensor) -> Tensor:
         return modulate(x, self.ranges, self.ts, self.affine)

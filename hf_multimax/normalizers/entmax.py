@@ -27,7 +27,7 @@ from hf_multimax.normalizers.options import (
 )
 from hf_multimax.normalizers.registry import Learned, Option, register_normalizer, rowwise
 from hf_multimax.numbers import is_finite
-from hf_multimax.rows.choose import RowFunction
+from hf_multimax.rows.function import RowFunction
 
 __all__ = ["entmax_package"]
 

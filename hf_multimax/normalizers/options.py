@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_multimax.normalizers.registry import Option
 from hf_multimax.numbers import is_finite
-from hf_multimax.rows.choose import RowFunction
+from hf_multimax.rows.function import RowFunction
 
 __all__ = [
     "below_peak",

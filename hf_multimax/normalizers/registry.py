@@ -17,7 +17,8 @@ from hf_multimax.config import MultiMaxConfig
 from hf_multimax.functional import check_scores, compute_dtype
 from hf_multimax.normalizers.base import Normalizer
 from hf_multimax.numbers import is_number
-from hf_multimax.rows.choose import RowFunction, compiled_rows
+from hf_multimax.rows.choose import compiled_rows
+from hf_multimax.rows.function import RowFunction
 
 __all__ = [
     "REQUIRED",
@@ -311,6 +312,8 @@ def rowwise(
     leading = list(inspect.signature(normalizer, follow_wrapped=False).parameters.values())[:-1]
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters if p.name not in _COMMON]
     normalizer.__signature__ = inspect.Signature([*leading, *own])  # type: ignore[attr-defined]
+    normalizer.compiled = compiled  # type: ignore[attr-defined]
+    normalizer.takes_training = takes_training  # type: ignore[attr-defined]
     return normalizer
 
 
@@ -359,6 +362,13 @@ class FunctionNormalizer(Normalizer):
     def values(self) -> dict[str, Any]:
         """Every option's present value: numbers, and for a learned one a tensor ``[]`` or ``[num_heads]``."""
         return {**self.options, **{name: rule.value(getattr(self, name)) for name, rule in self.learned.items()}}
+
+    def compiled(self) -> RowFunction | None:
+        function = get_normalizer(self.name).function
+        compiled = getattr(function, "compiled", None)
+        if compiled is None or self.share != 1.0:
+            return None
+        return compiled(**self.values(), **({"training": self.training} if function.takes_training else {}))
 
     def normalize(self, x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         options = {

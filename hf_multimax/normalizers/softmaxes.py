@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from hf_multimax.config import MultiMaxConfig
-from hf_multimax.functional import masked_softmax, multimax
+from hf_multimax.functional import Affine, masked_softmax, multimax
 from hf_multimax.normalizers.base import MultiMax, Normalizer
 from hf_multimax.normalizers.options import (
     below_peak,
@@ -29,7 +29,8 @@ from hf_multimax.normalizers.options import (
 )
 from hf_multimax.normalizers.registry import REQUIRED, Learned, Option, get_normalizer, register_normalizer, rowwise
 from hf_multimax.numbers import is_finite, is_integer
-from hf_multimax.rows.choose import RowFunction, compiled_rows
+from hf_multimax.rows.choose import compiled_rows
+from hf_multimax.rows.function import RowFunction
 
 __all__ = ["SoftMax"]
 
@@ -51,6 +52,12 @@ class SoftMax(Normalizer):
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
         self.temperature = temperature
+
+    def modulator(self, device: torch.device) -> tuple[Tensor, Tensor, Affine | None]:
+        zeros = torch.zeros(2, device=device)  # slopes that leave the scores as they are
+        if self.temperature == 1.0:
+            return zeros, zeros, None
+        return zeros, zeros, (torch.full((), 1 / self.temperature, device=device), torch.zeros((), device=device))
 
     def modulate(self, x: Tensor) -> Tensor:
         return x if self.temperature == 1.0 else x / self.temperature

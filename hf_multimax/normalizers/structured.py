@@ -10,7 +10,7 @@ from hf_multimax.normalizers.options import below_peak, non_negative, of_numbers
 from hf_multimax.normalizers.prox import prox_oscar, prox_tv
 from hf_multimax.normalizers.registry import Option, register_normalizer, rowwise
 from hf_multimax.numbers import is_finite
-from hf_multimax.rows.choose import RowFunction
+from hf_multimax.rows.function import RowFunction
 
 __all__: list[str] = []
 

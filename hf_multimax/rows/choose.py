@@ -1,34 +1,15 @@
 """Where the compiled functions of rows run, and how a call of any shape becomes rows."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from hf_multimax.attention import choice
 from hf_multimax.extension.library import load
 from hf_multimax.rows.call import KINDS, MAX_ORDER, TYPES, RowCall
+from hf_multimax.rows.function import RowFunction
 from hf_multimax.rows.operators import compute
 
-__all__ = ["RowFunction", "compiled_multimax", "compiled_rows"]
-
-
-class RowFunction(NamedTuple):
-    """A compiled function with its options.
-
-    Attributes:
-        kind: its name, one of ``KINDS``.
-        a, b: options that are numbers.
-        value: in place of ``a``, a tensor that broadcasts to the scores with size 1 in the dimension of the rows.
-        beta, gamma: asentmax's, such tensors or numbers.
-    """
-
-    kind: str
-    a: float = 0.0
-    b: float = 0.0
-    value: Tensor | None = None
-    beta: float | Tensor | None = None
-    gamma: float | Tensor | None = None
+__all__ = ["compiled_multimax", "compiled_rows"]
 
 
 def compiled_rows(function: RowFunction, x: Tensor, dim: int, mask: Tensor | None) -> Tensor | None:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from hf_multimax.attention.call import Call, seeded
-from hf_multimax.attention.native.packed import TYPES, Packed, dense_rows
+from hf_multimax.attention.native.conditions import unseen, unsupported_tensors
+from hf_multimax.attention.native.packed import Packed, dense_rows
+from hf_multimax.attention.native.rows import rowwise_attention, rowwise_unsupported
 from hf_multimax.attention.operators import define_backward, define_forward, fitted, gradients, keep, register_gradient
 from hf_multimax.extension.library import load
 
-__all__ = ["attention", "available", "reason", "unsupported"]
+__all__ = ["attention", "available", "reason", "rowwise_attention", "rowwise_unsupported", "unsupported"]
 
 MAX_ORDER = 16
 #: query rows of a forward block, each of which packs the keys anew, and the step that fills register tiles
@@ -31,48 +33,16 @@ def attention(call: Call) -> Tensor:
         RuntimeError: if the extension could not be built; the text says why.
     """
     call = seeded(call)
-    unseen = _unseen(call.q, call.k, call.v)
+    direct = unseen(call.q, call.k, call.v)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.differentiable):
-        return _Attention.apply(*call) if unseen else _training_op(*call)[0]
-    return _inference(*call) if unseen else _inference_op(*call)
-
-
-def _unseen(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether nothing traces, transforms or intercepts operators, so that dispatching them would be time lost.
-
-    Dispatching also writes out tensors that are kept as their negatives.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or type(q) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or q.is_neg()
-        or k.is_neg()
-        or v.is_neg()
-    )
+        return _Attention.apply(*call) if direct else _training_op(*call)[0]
+    return _inference(*call) if direct else _inference_op(*call)
 
 
 def unsupported(call: Call) -> str | None:
     """The first feature of this call that the backend lacks, None where it has them all."""
-    q, mask, bias = call.q, call.mask, call.bias
-    if not q.is_cpu:
-        return f"tensors on {q.device.type}"
-    if q.dtype not in TYPES:
-        return f"{q.dtype} inputs"
-    if call.ranges.shape[-1] > 2 * MAX_ORDER:
-        return f"orders above {MAX_ORDER}"
-    if mask is not None and mask.dtype not in TYPES:
-        return f"a mask of type {mask.dtype}"
-    if bias is not None and bias.dtype not in TYPES:
-        return f"a bias of type {bias.dtype}"
-    # asked without gradients too: a forward pass under no_grad may be a checkpointed one, whose choice must not change
-    if mask is not None and mask.requires_grad:
-        return "a gradient for the mask"
-    if bias is not None and bias.requires_grad and bias.shape[-1:] != call.k.shape[2:3]:
-        return "a gradient for a bias that is broadcast over the keys"
-    return None
+    missing = unsupported_tensors(call)
+    return f"orders above {MAX_ORDER}" if missing is None and call.ranges.shape[-1] > 2 * MAX_ORDER else missing
 
 
 def available() -> bool:

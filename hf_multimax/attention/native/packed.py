@@ -1,4 +1,4 @@
-"""A call of the compiled extension: its arguments, packed as ``native.cpp`` reads them."""
+"""A call of the compiled extension: its arguments, packed as ``attention_call.h`` declares them."""
 
 import struct
 
@@ -8,24 +8,24 @@ from torch import Tensor
 from hf_multimax.attention.call import Call
 from hf_multimax.extension.library import load
 
-__all__ = ["TYPES", "Packed", "dense_rows"]
+__all__ = ["TYPES", "Packed", "dense_rows", "parameter"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 
-# ``Arguments`` of native.cpp, every field of which is made of 64-bit words. A struct packed at once costs a tenth of
-# a ctypes.Structure filled field by field, which decoding one token would notice.
+# ``Arguments`` of attention_call.h, every field of which is made of 64-bit words. A struct packed at once costs a tenth
+# of a ctypes.Structure filled field by field, which decoding one token would notice.
 VIEWS = ("q", "k", "v", "out", "grad_out", "bias", "mask", "grad_k", "grad_v")
 VIEW_WORDS = 6  # data, four strides, type
 POINTERS = (
     "out32", "top", "total", "peak", "delta", "grad_q", "grad_bias", "grad_ranges", "grad_ts", "grad_affine", "sums",
-    "ranges", "ts", "affine", "sinks",
+    "ranges", "ts", "affine", "sinks", "value", "beta", "gamma", "grad_value", "grad_beta", "grad_gamma",
 )  # fmt: skip
 STRIDES = "grad_bias_stride"
 INTEGERS = (
     "batch", "heads", "kv_heads", "rows", "keys", "dim", "value_dim", "order", "parameter_stride", "splits", "threads",
-    "row_block", "affine_stride", "causal", "window", "seed",
+    "row_block", "affine_stride", "causal", "window", "seed", "kind",
 )  # fmt: skip
-REALS = ("scale", "softcap", "dropout")
+REALS = ("scale", "softcap", "dropout", "a", "b")
 
 
 def _offsets() -> tuple[dict[str, int], int]:
@@ -54,32 +54,33 @@ class Packed:
         q, v, ranges = call.q, call.v, call.ranges
         self.batch, self.heads, self.rows, dim = q.shape
         _, self.kv_heads, self.keys, value_dim = v.shape
-        self._parameters, self._affine = ranges.shape, None
-        size = ranges.shape[-1]
-        self.order, self.threads = size // 2, torch.get_num_threads()
+        self._parameters = torch.Size((0,)) if ranges is None else ranges.shape
+        self._affine, size = None, self._parameters[-1]
+        self.threads = torch.get_num_threads()
         self._kept: list[Tensor] = [dense_rows(q), dense_rows(call.k), dense_rows(v)]
         self._words: list[int | float] = [0] * WORDS
         self._words[INPUTS] = [word for x in self._kept for word in _view(x)]
         self._words[SHAPE] = (
-            self.batch, self.heads, self.kv_heads, self.rows, self.keys, dim, value_dim, self.order,
-            size if ranges.ndim == 2 else 0, 1, self.threads,
+            self.batch, self.heads, self.kv_heads, self.rows, self.keys, dim, value_dim, size // 2,
+            size if len(self._parameters) == 2 else 0, 1, self.threads,
         )  # fmt: skip
         self._words[BAND] = call.causal, call.window
         self._words[SCORES] = call.scale, call.softcap
-        self.pointers(ranges=_parameter(ranges), ts=_parameter(call.ts))
+        if ranges is not None:
+            self.pointers(ranges=parameter(ranges), ts=parameter(call.ts))
         shape = (self.batch, self.heads, self.rows, self.keys)
         if call.mask is not None:
             self.views(mask=call.mask.expand(shape))
         if call.bias is not None:
             self.views(bias=call.bias.expand(shape))
         if call.affine_scale is not None and call.affine_shift is not None:
-            pair = (_parameter(call.affine_scale), _parameter(call.affine_shift))
+            pair = (parameter(call.affine_scale), parameter(call.affine_shift))
             affine = torch.stack(torch.broadcast_tensors(*pair), -1)
             self._affine = affine.shape
             self.set(affine_stride=2 if affine.ndim == 2 else 0)
             self.pointers(affine=affine)
         if call.sinks is not None:
-            self.pointers(sinks=_parameter(call.sinks))
+            self.pointers(sinks=parameter(call.sinks))
         if call.seed is not None:
             self.set(seed=int(call.seed), dropout=call.dropout_p)
 
@@ -144,5 +145,6 @@ def _view(x: Tensor) -> tuple[int, ...]:
     return x.data_ptr(), *x.stride(), TYPES[x.dtype]
 
 
-def _parameter(x: Tensor) -> Tensor:
+def parameter(x: Tensor) -> Tensor:
+    """``x`` as the extension reads parameters: contiguous float32."""
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()

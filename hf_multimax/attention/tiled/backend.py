@@ -13,8 +13,9 @@ from torch import Tensor
 from hf_multimax.attention.call import Call, seeded
 from hf_multimax.attention.operators import define_backward, define_forward, fitted, keep, kept, register_gradient
 from hf_multimax.attention.tiled.passes import run_backward, run_forward
-from hf_multimax.attention.tiled.rows import AutogradRows, MultiMaxRows, RowFunction
+from hf_multimax.attention.tiled.rows import AutogradRows, MultiMaxRows
 from hf_multimax.attention.tiled.tiles import Problem
+from hf_multimax.rows.function import Rowwise
 
 __all__ = ["attention", "rowwise_attention", "rowwise_unsupported", "unsupported"]
 
@@ -29,7 +30,7 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def rowwise_unsupported(call: Call) -> str | None:
+def rowwise_unsupported(rows: Rowwise, call: Call) -> str | None:
     """The first feature of this call that :func:`rowwise_attention` lacks."""
     if call.sinks is not None:
         return "attention sinks"
@@ -37,19 +38,17 @@ def rowwise_unsupported(call: Call) -> str | None:
     return None if call.mask is None or call.mask.dtype == torch.bool else "an additive mask"
 
 
-def rowwise_attention(row_function: RowFunction, parameters: Sequence[Tensor], call: Call) -> Tensor:
+def rowwise_attention(rows: Rowwise, call: Call) -> Tensor:
     """Attention through any row-wise normaliser, in the same tiles, recomputed by autograd in the backward pass.
 
     Args:
-        row_function: ``row_function(scores, keep, *parameters) -> probabilities``, differentiable in scores and
-            parameters. ``scores`` is ``[batch, H, rows, keys]`` in float32 (float64 for float64 inputs), some batch
-            elements and rows, all heads, and all keys that one of the rows may see; ``keep`` is None or boolean and
-            broadcastable to it (True = keep). It must give zero wherever ``keep`` is False or the score is minus
-            infinity.
-        parameters: tensors passed on whole; gradients flow to those that require one.
+        rows: of its ``plain`` function, ``scores`` is ``[batch, H, rows, keys]`` in float32 (float64 for float64
+            inputs), some batch elements and rows, all heads, and all keys that one of the rows may see; ``keep`` is
+            None or boolean and broadcastable to it (True = keep). It must give zero wherever ``keep`` is False or the
+            score is minus infinity. The parameters are passed on whole; gradients flow to those that require one.
         call: without a modulator and sinks; the values of an additive mask are added to the scores.
     """
-    call = seeded(call)
+    call, (row_function, parameters) = seeded(call), rows.plain()
     return _RowwiseAttention.apply(row_function, len(parameters), *parameters, *call)
 
 

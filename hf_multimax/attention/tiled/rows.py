@@ -10,9 +10,7 @@ from hf_multimax.attention.call import Call
 from hf_multimax.attention.tiled.modulation import finite_up_to, largest_base
 from hf_multimax.attention.tiled.tiles import MINUS_INFINITY, Problem, Scores, Tile, computed_in
 
-__all__ = ["AutogradRows", "MultiMaxRows", "RowFunction"]
-
-RowFunction = Callable[..., Tensor]
+__all__ = ["AutogradRows", "MultiMaxRows"]
 
 
 class MultiMaxRows:
@@ -223,7 +221,9 @@ def _add_power(x: Tensor, u: Tensor, t: Tensor | float, n: int, out: Tensor) -> 
 class AutogradRows:
     """A row function without a derivative of its own: autograd differentiates it tile by tile."""
 
-    def __init__(self, function: RowFunction, parameters: Sequence[Tensor], needed: Sequence[bool] = ()) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], parameters: Sequence[Tensor], needed: Sequence[bool] = ()
+    ) -> None:
         self.function = function
         self.parameters = [x.detach().requires_grad_(wanted) for x, wanted in zip(parameters, needed)] or parameters
         self.grads = [torch.zeros_like(x) if x.requires_grad else None for x in self.parameters]
