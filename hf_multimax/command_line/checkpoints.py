@@ -1,8 +1,7 @@
 """``patch``, ``push`` and ``convert``: from one checkpoint to another."""
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from safetensors.torch import save_file
@@ -12,6 +11,7 @@ import hf_multimax
 from hf_multimax import MultiMaxConfig
 from hf_multimax.command_line import screen
 from hf_multimax.command_line.loading import Loaded, check_patched, load, new_folder
+from hf_multimax.command_line.options import read_options
 from hf_multimax.convert import from_authors, to_authors
 
 __all__ = ["convert", "patch", "push"]
@@ -50,7 +50,7 @@ def patch(
     """Replace the SoftMax of a model and save it. With the defaults its outputs stay what they are."""
     config = MultiMaxConfig(
         normalizer=normalizer,
-        normalizer_kwargs=_options(option),
+        normalizer_kwargs=read_options(option, "--option"),
         order=order,
         affine=affine,
         per_head=per_head,
@@ -131,7 +131,7 @@ def convert(
     force: Force = False,
 ) -> None:
     """Make a Transformers model of a checkpoint of the authors' code, or the other way round."""
-    options = _options(option)
+    options = read_options(option, "--option")
     if to_authors_layout:
         if options or config:
             raise ValueError("--option and --config are for the way from the authors' layout, not with --to-authors")
@@ -155,20 +155,6 @@ def convert(
     new_folder(dst, force)
     model.save_pretrained(dst)
     screen.say(f"{dst}: {type(model).stock_class.__name__}")
-
-
-def _options(given: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE pairs, the value as JSON where it is any."""
-    found = {}
-    for entry in given or ():
-        name, separator, value = entry.partition("=")
-        if not separator or not name:
-            raise ValueError(f"--option {entry!r} is not of the form NAME=VALUE")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 def _save_preparation(loaded: Loaded, folder: Path) -> None:
