@@ -313,7 +313,7 @@ class Explorer:
                 raise ValueError(f"the modulator of {layer} has no scalar {name!r}: there are {', '.join(trained)}")
             if value is None or not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}")
-            if abs(value - trained[name]) > 0.51 * 10**-DIGITS:  # more than rounding does
+            if value != round(trained[name], DIGITS):  # else it is the trained one, as it was shown
                 moved[name] = value
         if not moved and isinstance(self._normalizers[layer], MultiMax):
             return None
