@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -387,23 +388,20 @@ def use(browser, port: int, folder: Path) -> None:
     view.on("pageerror", lambda error: broken.append(str(error)))
     view.goto(f"http://127.0.0.1:{port}/")
 
-    def numbers(panel: str) -> list[str]:
-        view.wait_for_selector(f"#mm-{panel} td")
-        return view.locator(f"#mm-{panel} td").all_inner_texts()
-
     def shows(*place) -> None:
-        look = explorer.look(*place)
-        wanted = {panel: cells(draw(look)) for panel, draw in (("measures", pictures.measures), ("row", pictures.row))}
-        wanted["output"] = cells(pictures.output(look))
-        path = re.search(r'class="line now" points="([^"]+)"', pictures.sigma(look))
-        view.wait_for_function(
-            "([x, points]) => document.querySelector('#mm-measures tbody').innerText.includes(x) && "
-            "(!points || document.querySelector('#mm-sigma .now').getAttribute('points') === points)",
-            arg=[wanted["measures"][0], path and path[1]],
-            timeout=15_000,
-        )
-        for panel, expected in wanted.items():
-            assert numbers(panel) == expected, panel
+        """The page comes to show what the library computes: sigma's points, and the numbers of all tables."""
+        look, deadline = explorer.look(*place), time.monotonic() + 20
+        tables = {"measures": pictures.measures, "row": pictures.row, "output": pictures.output}
+        wanted = {name: cells(draw(look)) for name, draw in tables.items()}
+        wanted["sigma"] = re.findall(r'class="line now" points="([^"]+)"', pictures.sigma(look))
+        shown = None
+        while shown != wanted and time.monotonic() < deadline:
+            view.wait_for_timeout(50)
+            shown = {name: view.locator(f"#mm-{name} td").all_inner_texts() for name in tables}
+            shown["sigma"] = view.evaluate(
+                "[...document.querySelectorAll('#mm-sigma .now')].map(line => line.getAttribute('points'))"
+            )
+        assert shown == wanted
 
     layer, other = explorer.layers
     first = Inputs("The river remembers.")
