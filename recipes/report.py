@@ -4,8 +4,10 @@
     python -m recipes.report --check
 
 Every ``recipes/results/<name>.json`` of kind "comparison" (a copy of what ``recipes.compare`` wrote) becomes
-``model_cards/<name>.md`` with ``docs/<name>.png``, its learning curves, and ``docs/<name>-modulators.png``; the lines
-between ``<!-- evidence -->`` and ``<!-- /evidence -->`` in README.md are replaced. No figure comes from anywhere else.
+``model_cards/<name>.md`` with ``docs/<name>.png``, its learning curves, and ``docs/<name>-modulators.png``. With
+``recipes/results/measures/<name>.json``, what ``hf-multimax measure RUN --json`` wrote of one of its runs, the
+modulators are drawn over the histograms of that run's scores, beside ``docs/<name>-measures.png``. The lines between
+``<!-- evidence -->`` and ``<!-- /evidence -->`` in README.md are replaced. No figure comes from anywhere else.
 ``--check`` writes nothing and exits with 1, naming the files, if one of them is not what it would be.
 """
 
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_multimax.plots import plot_modulators
+from hf_multimax.plots import plot_measures, plot_modulators, plot_modulators_on_scores
 from hf_multimax.publishing.card import model_card
 from hf_multimax.publishing.results import Results, one_line
 from recipes.shared.curves import draw_curves
@@ -91,6 +93,7 @@ def render(root: Path, comparisons: Mapping[str, Results]) -> dict[Path, str]:
             license=LICENSE,
             curves=links[f"{name}.png"],
             modulator_figure=links.get(f"{name}-modulators.png"),
+            measure_figure=links.get(f"{name}-measures.png"),
         )
         texts[root / "model_cards" / f"{name}.md"] = str(card)
     readme = root / "README.md"
@@ -117,7 +120,7 @@ def check(root: Path, comparisons: Mapping[str, Results], texts: Mapping[Path, s
     """Exit with 1 if a file is missing or not up to date. A figure carries the digest of its results."""
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for name, results in comparisons.items():
-        digest = _digest(results.values).encode()
+        digest = _digest(results.values, measured_of(root, name)).encode()
         stale += [
             path for path, _ in figures(root, name, results) if not path.exists() or digest not in path.read_bytes()
         ]
@@ -165,18 +168,38 @@ def _title(name: str, results: Results) -> str:
 
 def figures(root: Path, name: str, results: Results) -> Iterator[tuple[Path, Callable[[Path], None]]]:
     """The path of every figure of a comparison, and the function that draws it there."""
-    mark = {"Description": _digest(results.values)}
+    measured = measured_of(root, name)
+    mark = {"Description": _digest(results.values, measured)}
     yield root / "docs" / f"{name}.png", lambda path: draw_curves(results.values, path, mark)
     arm, run = next(
         ((arm.name, run) for arm in results.arms.values() for run in arm.runs if _has_modulators(run)), (None, None)
     )
-    if run:
+    if measured:
+        title = one_line(measured["path"])
+        scores, measures = (root / "docs" / f"{name}-{kind}.png" for kind in ("modulators", "measures"))
+        yield scores, lambda path: _draw_scores(measured["layers"], title, path, mark)
+        yield measures, lambda path: plot_measures({title: measured["layers"]}).savefig(path, dpi=80, metadata=mark)
+    elif run:
         title = f"{arm}, seed {run['seed']}"
-        yield root / "docs" / f"{name}-modulators.png", lambda path: _draw_modulators(run["layers"], title, path, mark)
+        yield (
+            root / "docs" / f"{name}-modulators.png",
+            lambda path: _draw_modulators(run["layers"], title, path, mark),
+        )
 
 
 def _has_modulators(run: Mapping[str, Any]) -> bool:
     return any(values.get("ranges") for values in run.get("layers", {}).values())
+
+
+def measured_of(root: Path, name: str) -> dict[str, Any] | None:
+    """What was measured of a run of the comparison; None if nothing was. Raises ValueError for another file."""
+    path = root / "recipes" / "results" / "measures" / f"{name}.json"
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or not {"path", "layers"} <= values.keys():
+        raise ValueError(f"{path} is not what `hf-multimax measure RUN --json` writes")
+    return values
 
 
 def _draw_modulators(layers: Mapping[str, Any], title: str, path: Path, metadata: Mapping[str, str]) -> None:
@@ -185,7 +208,14 @@ def _draw_modulators(layers: Mapping[str, Any], title: str, path: Path, metadata
     figure.savefig(path, dpi=80, metadata=metadata)
 
 
-def _digest(values: Mapping[str, Any]) -> str:
+def _draw_scores(layers: Mapping[str, Any], title: str, path: Path, metadata: Mapping[str, str]) -> None:
+    figure = plot_modulators_on_scores(layers)
+    figure.supxlabel(f"score x, {title}", fontsize="medium")
+    figure.savefig(path, dpi=80, metadata=metadata)
+
+
+def _digest(results: Mapping[str, Any], measured: Mapping[str, Any] | None) -> str:
+    values = results if measured is None else [results, measured]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

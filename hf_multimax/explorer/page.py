@@ -8,6 +8,7 @@ from typing import Any
 from hf_multimax.command_line.options import one_line, read_options
 from hf_multimax.explorer import pictures
 from hf_multimax.explorer.looks import AS_TRAINED, DIGITS, Choice, Explorer, Inputs, Look
+from hf_multimax.plots.style import short_names
 
 __all__ = ["build", "gradio", "look_of_page"]
 
@@ -82,7 +83,8 @@ class _Page:
                 buttons=[],
             )
             with gr.Row(elem_classes="mm-places"):
-                self.layer = gr.Dropdown(explorer.layers, value=layer, label="Layer", elem_id="mm-layer")
+                layers = list(zip(short_names(explorer.layers), explorer.layers))
+                self.layer = gr.Dropdown(layers, value=layer, label="Layer", elem_id="mm-layer")
                 self.normalizer = gr.Dropdown(label="Normalizer", elem_id="mm-normalizer", **self._names(layer))
                 heads, rows = self._places(look)
                 self.head = gr.Slider(0, step=1, label="Head", elem_id="mm-head", buttons=[], **heads)
