@@ -1,7 +1,7 @@
 """What the explorer shows is what the library computes when the model itself has the scalars; its page in a browser."""
 
 import copy
-import json
+import gc
 import math
 import os
 import re
@@ -18,7 +18,7 @@ from browser import chromium
 from models import make
 from test_measured_models import randomised
 from tolerances import RELATIVE, assert_close
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM, ViTImageProcessorPil
 from zoo import zoo_model
 
 import hf_multimax
@@ -40,6 +40,13 @@ MOVED = {"b_1": 0.505, "t_b1": -1.255, "d_2": -0.405, "t_d2": 0.305}
 TOLERANCE = 10 * RELATIVE[torch.float32]
 
 
+@pytest.fixture
+def collected():
+    """Gradio leaves sockets for the garbage collector, whose warning is an error in other files' tests."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(SAMPLE.read_text(), 300, 64)
@@ -55,11 +62,8 @@ def picture(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processor")
-    values = {"image_processor_type": "ViTImageProcessorPil", "size": {"height": 16, "width": 16}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values | {"image_mean": [0.5], "image_std": [0.5]}))
-    return AutoImageProcessor.from_pretrained(folder)
+def processor():
+    return ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5])
 
 
 def model_of(name: str, options: dict | None):
@@ -331,6 +335,7 @@ def test_every_event_of_the_page_gives_what_it_moved(tokenizer):
     )
 
 
+@pytest.mark.usefixtures("collected")
 def test_the_page_is_served_here_and_names_no_other_host(tokenizer):
     pytest.importorskip("gradio")
     model = model_of("GPT2LMHeadModel", {})
@@ -349,6 +354,29 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=r"pip install 'hf-multimax\[app\]'"):
         explorer_page.gradio()
+
+
+@pytest.mark.usefixtures("collected")
+def test_the_command_says_in_a_line_what_it_cannot_do(folder, tokenizer, tmp_path, picture):
+    pytest.importorskip("gradio")
+    pytest.importorskip("typer")
+    from test_command_line import error
+
+    settings = MambaConfig(vocab_size=300, hidden_size=16, state_size=4, num_hidden_layers=1)
+    MambaForCausalLM(settings).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    model_of("GPT2LMHeadModel", None).save_pretrained(tmp_path / "bare")
+    assert "no such folder" in error("explore", tmp_path / "nowhere")
+    assert "has no attention layer" in error("explore", tmp_path / "mamba")
+    assert "save one with" in error("explore", tmp_path / "bare")  # Transformers may have made up an empty tokenizer
+    assert "no such file" in error("explore", folder, "--image", tmp_path / "no.png")
+    assert "takes text, not images" in error("explore", folder, "--image", picture)
+    assert "at most 20 are taken" in error("explore", folder, "--text", "word " * 30, "--length", 20)
+    assert "give a text" in error("explore", folder, "--text", "")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "port" in error("explore", folder, "--port", taken.getsockname()[1])
 
 
 @pytest.mark.slow

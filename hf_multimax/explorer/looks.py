@@ -269,7 +269,7 @@ class Explorer:
             if ids is not None and ids.shape[-1] > self._length:
                 raise ValueError(f"the text has {ids.shape[-1]} tokens, and at most {self._length} are taken")
         if batch["input_ids"].shape[-1] == 0:
-            raise ValueError("the text has no token")
+            raise ValueError(f"the tokenizer of {self.loaded.path} knows nothing of this text: save one with the model")
         return batch
 
     def _names(self, batch: Mapping[str, Tensor], layer: str, queries: int, keys: int) -> tuple[list[str], list[str]]:
