@@ -80,6 +80,7 @@ class _Page:
                 type="filepath",
                 height=200,
                 visible=loaded.takes_images,
+                sources=["upload", "clipboard"],
                 buttons=[],
             )
             with gr.Row(elem_classes="mm-places"):
