@@ -4,8 +4,10 @@
     python -m recipes.report --check
 
 Every ``recipes/results/<name>.json`` of kind "comparison" (a copy of what ``recipes.compare`` wrote) becomes
-``model_cards/<name>.md`` with ``docs/<name>.png``, its learning curves, and ``docs/<name>-modulators.png``; the lines
-between ``<!-- evidence -->`` and ``<!-- /evidence -->`` in README.md are replaced. No figure comes from anywhere else.
+``model_cards/<name>.md`` with ``docs/<name>.png``, its learning curves, and ``docs/<name>-modulators.png``. With
+``recipes/results/measures/<name>.json``, what ``hf-multimax measure RUN --json`` wrote of one of its runs, the
+modulators are drawn over the histograms of that run's scores, beside ``docs/<name>-measures.png``. The lines between
+``<!-- evidence -->`` and ``<!-- /evidence -->`` in README.md are replaced. No figure comes from anywhere else.
 ``--check`` writes nothing and exits with 1, naming the files, if one of them is not what it would be.
 """
 
@@ -19,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_multimax.plots import plot_modulators
+from hf_multimax.plots import plot_measures, plot_modulators, plot_modulators_on_scores
 from hf_multimax.publishing.card import model_card
 from hf_multimax.publishing.results import Results, one_line
 from recipes.shared.checks import explained
@@ -94,6 +96,7 @@ def render(root: Path, comparisons: Mapping[str, Results]) -> dict[Path, str]:
             license=LICENSE,
             curves=links[f"{name}.png"],
             modulator_figure=links.get(f"{name}-modulators.png"),
+            measure_figure=links.get(f"{name}-measures.png"),
         )
         texts[root / "model_cards" / f"{name}.md"] = str(card)
     readme = root / "README.md"
@@ -163,12 +166,18 @@ def _title(name: str, results: Results) -> str:
 
 def figures(root: Path, name: str, results: Results) -> Iterator[Drawing]:
     """Every figure of a comparison."""
-    digest = hashlib.sha256(json.dumps(results.values, sort_keys=True).encode()).hexdigest()
+    measured = measured_of(root, name)
+    values = results.values if measured is None else [results.values, measured]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     yield root / "docs" / f"{name}.png", digest, partial(draw_curves, results.values)
     arm, run = next(
         ((arm.name, run) for arm in results.arms.values() for run in arm.runs if _has_modulators(run)), (None, None)
     )
-    if run:
+    if measured:
+        layers, title = measured["layers"], one_line(measured["path"])
+        yield root / "docs" / f"{name}-modulators.png", digest, partial(_draw_scores, layers, title)
+        yield root / "docs" / f"{name}-measures.png", digest, partial(_draw_measures, layers, title)
+    elif run:
         title = f"{arm}, seed {run['seed']}"
         yield root / "docs" / f"{name}-modulators.png", digest, partial(_draw_modulators, run["layers"], title)
 
@@ -177,10 +186,31 @@ def _has_modulators(run: Mapping[str, Any]) -> bool:
     return any(values.get("ranges") for values in run.get("layers", {}).values())
 
 
+def measured_of(root: Path, name: str) -> dict[str, Any] | None:
+    """What was measured of a run of the comparison; None if nothing was. Raises ValueError for another file."""
+    path = root / "recipes" / "results" / "measures" / f"{name}.json"
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or not {"path", "layers"} <= values.keys():
+        raise ValueError(f"{path} is not what `hf-multimax measure RUN --json` writes")
+    return values
+
+
 def _draw_modulators(layers: Mapping[str, Any], title: str, path: Path, metadata: Mapping[str, str]) -> None:
     figure = plot_modulators(layers)
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=80, metadata=metadata)
+
+
+def _draw_scores(layers: Mapping[str, Any], title: str, path: Path, metadata: Mapping[str, str]) -> None:
+    figure = plot_modulators_on_scores(layers)
+    figure.supxlabel(f"score x, {title}", fontsize="medium")
+    figure.savefig(path, dpi=80, metadata=metadata)
+
+
+def _draw_measures(layers: Mapping[str, Any], title: str, path: Path, metadata: Mapping[str, str]) -> None:
+    plot_measures({title: layers}).savefig(path, dpi=80, metadata=metadata)
 
 
 if __name__ == "__main__":

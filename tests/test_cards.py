@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
 import hf_multimax.publishing.card
 from hf_multimax import multimax_parameters, patch_model
-from hf_multimax.diagnostics import attention_statistics
+from hf_multimax.diagnostics import attention_statistics, measure_model
 from hf_multimax.plots import plot_modulators
 from hf_multimax.publishing.card import layer_modulators, model_card
 from hf_multimax.publishing.results import MEASURES, Figure, Results
@@ -606,6 +606,10 @@ def repository(tmp_path, model):
     images = comparison_of(model, seeds=range(5), asked=6, p=0.0003, task="image-classification", metric="accuracy")
     (folder / "images.json").write_text(json.dumps(images))
     (folder / "demo.json").write_text('{"perplexity": 1.0}')
+    (folder / "measures").mkdir()
+    layers = measure_model(model, [inputs_for(model, labels=False)])
+    measured = {"path": "runs/a", "layers": {name: layer.to_dict() for name, layer in layers.items()}}
+    (folder / "measures" / "images.json").write_text(json.dumps(measured))
     return tmp_path
 
 
@@ -619,7 +623,9 @@ def test_the_report_writes_cards_figures_and_readme(repository, capsys):
             figure = card.parent / link
             assert figure.read_bytes().startswith(b"\x89PNG")
             assert figure.stat().st_size < 60_000
-        assert len(list((repository / "docs").glob(f"{name}*.png"))) == 2
+        figures = {path.stem.removeprefix(name) for path in (repository / "docs").glob(f"{name}*.png")}
+        assert figures == {"", "-modulators"} | ({"-measures"} if name == "images" else set())
+        assert figures == set(re.findall(rf"\.\./docs/{name}([\w-]*)\.png", card.read_text()))
     text = (repository / "README.md").read_text()
     assert text.startswith("# Title\n\n<!-- evidence -->\n|")
     assert text.endswith("<!-- /evidence -->\n\nThe rest.\n")
@@ -648,6 +654,14 @@ def test_check_finds_what_is_out_of_date(repository, model, capsys):
     with pytest.raises(SystemExit, match="lm_web.md.*README.md.*lm_web.png") as exit_:
         report.main([*root, "--check"])
     assert "images.md" not in str(exit_.value)
+    path.write_text(json.dumps(comparison_of(model)))
+    path = repository / "recipes" / "results" / "measures" / "images.json"
+    path.write_text(path.read_text().replace("runs/a", "runs/b"))
+    with pytest.raises(SystemExit, match="images-modulators.png.*images-measures.png"):
+        report.main([*root, "--check"])
+    path.write_text("[]")
+    with pytest.raises(SystemExit, match="images.json is not what `hf-multimax measure RUN --json` writes"):
+        report.main(root)
 
 
 def test_the_report_says_what_is_missing(repository, tmp_path):

@@ -27,7 +27,8 @@ from recipes.shared.tokens import train_tokenizer
 
 SAMPLE = Path(hf_multimax.__file__).parent / "command_line" / "sample.txt"
 COMMANDS = (
-    "inspect", "measure", "compare", "plot", "patch", "push", "convert", "supported", "backends", "env", "demo",
+    "inspect", "measure", "compare", "plot", "explore", "patch", "push", "convert", "supported", "backends", "env",
+    "demo",
 )  # fmt: skip
 
 

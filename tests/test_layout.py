@@ -55,6 +55,10 @@ ORDER = (
     "reporting",
     "training",
     "__init__",
+    "command_line.loading",
+    "command_line.options",
+    "command_line.data",
+    "explorer",
     "command_line",
 )
 #: What computes with tensors alone.
@@ -153,6 +157,7 @@ def test_what_is_slow_to_import_is_not_imported():
         "peft",
         "typer",
         "rich",
+        "gradio",
     }
     assert not loaded & {
         "hf_multimax.training",

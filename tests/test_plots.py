@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 from hf_multimax import multimax, patch_model, plots
 from hf_multimax.diagnostics import attention_maps, measure_model
 from hf_multimax.normalizers.registry import get_normalizer, registered_normalizers
+from hf_multimax.plots.style import short_names
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,19 @@ def test_sigma_over_the_scores(measured, tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["transformer.h.0.attn", "transformer.h.1.attn"], ["transformer.h.0.attn", "transformer.h.1.attn"]),
+        (["a" * 20 + ".model.layers.0.attn", "a" * 20 + ".model.layers.1.attn"], ["layers.0.attn", "layers.1.attn"]),
+        (["a" * 30 + ".encoder.0", "b.encoder.0"], ["a" * 30 + ".encoder.0", "b.encoder.0"]),
+        (["a" * 30 + ".h.0"], ["a" * 30 + ".h.0"]),
+    ],
+)
+def test_long_names_of_layers_lose_what_they_share(names, shown):
+    assert short_names(names) == shown
+
+
 def test_sparsity_against_multi_modality(measured, tmp_path):
     figure = plots.plot_measures({"one": measured, "two": measured})
     (axes,) = figure.axes

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hf_multimax.command_line import checkpoints, demo, drawing, looking, machine, screen
+from hf_multimax.command_line import checkpoints, demo, drawing, exploring, looking, machine, screen
 from hf_multimax.command_line.options import spread
 from hf_multimax.version import __version__
 
@@ -71,6 +71,14 @@ _add(
     "plot gpt2-multimax --out figures/",
     "plot gpt2-multimax --out figures/ --text 'the cat sat on the mat' --format svg",
     "plot vit-multimax --out figures/ --data images/ --image cat.png",
+)
+_add(
+    exploring.explore,
+    "explore",
+    _LOOK,
+    "explore gpt2-multimax",
+    "explore gpt2 --text 'the cat sat on the mat' --open",
+    "explore vit-multimax --image cat.png --port 8000",
 )
 _add(
     checkpoints.patch,

@@ -1,9 +1,8 @@
 """``patch``, ``push`` and ``convert``: from one checkpoint to another."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from safetensors.torch import save_file
@@ -14,6 +13,7 @@ from hf_multimax import MultiMaxConfig
 from hf_multimax.command_line import screen
 from hf_multimax.command_line.loading import Loaded, check_patched, load, new_folder
 from hf_multimax.command_line.options import Force, Replacement, Revision
+from hf_multimax.command_line.words import read_options
 from hf_multimax.convert import from_authors, to_authors
 
 __all__ = ["convert", "patch", "push"]
@@ -31,7 +31,7 @@ def patch(
     """Replace the SoftMax of a model and save it. With the defaults its outputs stay what they are."""
     values = dataclasses.asdict(replacement)
     values |= {name: values[name] or None for name in ("include", "exclude")}  # Typer gives an empty list
-    config = MultiMaxConfig(normalizer_kwargs=_options(values.pop("option")), **values)
+    config = MultiMaxConfig(normalizer_kwargs=read_options(values.pop("option"), "--option"), **values)
     new_folder(dst, force)
     with screen.working(f"loading {src}"):
         loaded = load(src, revision)
@@ -102,7 +102,7 @@ def convert(
     force: Force = False,
 ) -> None:
     """Make a Transformers model of a checkpoint of the authors' code, or the other way round."""
-    options = _options(option)
+    options = read_options(option, "--option")
     if to_authors_layout:
         if options or config:
             raise ValueError("--option and --config are for the way from the authors' layout, not with --to-authors")
@@ -126,20 +126,6 @@ def convert(
     new_folder(dst, force)
     model.save_pretrained(dst)
     screen.say(f"{dst}: {type(model).stock_class.__name__}")
-
-
-def _options(given: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE pairs, the value as JSON where it is any."""
-    found = {}
-    for entry in given or ():
-        name, separator, value = entry.partition("=")
-        if not separator or not name:
-            raise ValueError(f"--option {entry!r} is not of the form NAME=VALUE")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 def _save_preparation(loaded: Loaded, folder: Path) -> None:

@@ -13,10 +13,22 @@ import hf_multimax
 from hf_multimax import MultiMaxConfig
 from hf_multimax.command_line.data import KINDS
 
-__all__ = ["DataOptions", "Device", "Force", "Json", "MapOptions", "ModelPath", "Replacement", "Revision", "spread"]
+__all__ = [
+    "DataOptions",
+    "Device",
+    "Force",
+    "Json",
+    "Length",
+    "MapOptions",
+    "ModelPath",
+    "Replacement",
+    "Revision",
+    "spread",
+]
 
 ModelPath = Annotated[str, typer.Argument(metavar="PATH", help="A model or an adapter: a folder, or an id on the Hub.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens of an input at most.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that holds files.")]
@@ -37,7 +49,7 @@ class DataOptions:
     )
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs in a batch.")] = 4
     batches: Annotated[int, typer.Option(min=1, help="How many batches to take at most.")] = 8
-    length: Annotated[int, typer.Option(min=2, help="Tokens of an input at most.")] = 256
+    length: Length = 256
 
 
 @dataclass

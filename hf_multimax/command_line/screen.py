@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers.utils import logging
 
+from hf_multimax.command_line.words import one_line
+
 __all__ = ["fail", "number", "progress", "raise_errors", "say", "show_json", "show_table", "tells_errors", "working"]
 
 T = TypeVar("T")
@@ -56,14 +58,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, in its first paragraph."""
-    text = str(error).strip() or type(error).__name__
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        text = f"{error.filename}: {error.strerror}"
-    return " ".join(text.split("\n\n")[0].split())
 
 
 def fail(text: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from hf_multimax.functional import modulate
 from hf_multimax.normalizers.base import Normalizer
 from hf_multimax.normalizers.registry import normalize
-from hf_multimax.plots.style import COLORS, new_figure, ordered_colors
+from hf_multimax.plots.style import COLORS, new_figure, ordered_colors, short_names
 
 __all__ = ["plot_modulators", "plot_modulators_on_scores", "plot_normalizer"]
 
@@ -124,7 +124,7 @@ def plot_modulators_on_scores(layers: Mapping[str, Mapping[str, Any]], path: str
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat[len(chosen) :]:
         axes.remove()
-    for axes, (name, values) in zip(panels.flat, chosen.items()):
+    for axes, name, values in zip(panels.flat, short_names(list(chosen)), chosen.values()):
         _panel(axes, name, values)
     handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False, fontsize="small")

@@ -1,9 +1,10 @@
 """What all figures share: how one is made and saved, and colours that colour-blind readers tell apart."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COLORS", "DASHES", "MARKERS", "new_figure", "ordered_colors", "save"]
+__all__ = ["COLORS", "DASHES", "MARKERS", "new_figure", "ordered_colors", "save", "short_names"]
 
 #: Of Okabe and Ito (2008), the darkest first; black is for references.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -26,6 +27,20 @@ def ordered_colors(count: int) -> Any:
 
     mappable = cm.ScalarMappable(colors.Normalize(0, max(1.1 * (count - 1), 1)), colormaps["viridis"])
     return mappable.to_rgba(range(count)), mappable
+
+
+def short_names(names: Sequence[str], width: int = 24) -> list[str]:
+    """Names of layers; where one is wider than ``width`` letters, without the modules in front that all of them share.
+
+    Examples:
+        >>> short_names(["base_model.model.model.layers.0.self_attn", "base_model.model.model.layers.1.self_attn"])
+        ['layers.0.self_attn', 'layers.1.self_attn']
+    """
+    if all(len(name) <= width for name in names):
+        return list(names)
+    parts = [name.split(".") for name in names]
+    shared = next((i for i, at in enumerate(zip(*parts)) if len(set(at)) > 1), 1)
+    return [".".join(part[max(0, shared - 1) :]) for part in parts]
 
 
 def save(figure: Any, path: str | Path) -> None:

@@ -49,6 +49,7 @@ def model_card(
     license: str | None = None,
     curves: str | None = None,
     modulator_figure: str | None = None,
+    measure_figure: str | None = None,
 ) -> ModelCard:
     """The card of a patched model, or without a model that of a results.json.
 
@@ -64,7 +65,8 @@ def model_card(
         tokenizer: the tokenizer, image processor or processor published with the model; the code then loads it.
         name: the title; default the last part of ``repo_id``, else made of the model type and the data.
         license: the Hub's identifier of the model's licence; default that of ``existing``, else ``unknown``.
-        curves, modulator_figure: where figures of the learning curves and of the modulators are, as links.
+        curves, modulator_figure, measure_figure: where figures of the learning curves, of the modulators, and of
+            sparsity against multi-modality are, as links.
 
     Raises:
         ValueError: if the model is not patched, ``results`` is no results.json, belongs to another model or to a stock
@@ -75,7 +77,8 @@ def model_card(
     subject, arm = find_subject(model, results)
     described = _Card(subject, arm, results, repo_id, name)
     data = described.metadata(license)
-    context = described.context(tokenizer, curves, modulator_figure)
+    figures = {"curves": curves, "modulator_figure": modulator_figure, "measure_figure": measure_figure}
+    context = described.context(tokenizer, figures)
     template = importlib.resources.files(__package__).joinpath("template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(data, template_str=template, **context)
     card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip("\n") + "\n"
@@ -113,7 +116,7 @@ class _Card:
             model_name=self.title if entries else None,
         )
 
-    def context(self, tokenizer: Any, curves: str | None, modulator_figure: str | None) -> dict[str, Any]:
+    def context(self, tokenizer: Any, figures: Mapping[str, str | None]) -> dict[str, Any]:
         results, comparison = self.results, bool(self.results and self.results.is_comparison)
         context: dict[str, Any] = {
             "title": self.title,
@@ -122,8 +125,7 @@ class _Card:
             "base_model": self._base_model(),
             "results": results,
             "comparison": comparison,
-            "curves": curves,
-            "modulator_figure": modulator_figure,
+            **figures,
             "modulators": tables.modulators(self.subject, self.results),
             "measures": tables.measures(self.results) if results else None,
             "code": self._code(tokenizer),
