@@ -56,7 +56,7 @@ ORDER = (
     "training",
     "__init__",
     "command_line.loading",
-    "command_line.options",
+    "command_line.words",
     "command_line.data",
     "explorer",
     "command_line",

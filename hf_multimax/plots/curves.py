@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_multimax.plots.style import new_figure, ordered_colors
+from hf_multimax.plots.style import new_grid, ordered_colors, saved
 
 __all__ = ["plot_training"]
 
@@ -37,15 +37,10 @@ def plot_training(history: Iterable[Mapping[str, Any]], path: str | Path | None 
     if not panels:
         raise ValueError("the history holds nothing of MultiMax: was MultiMaxCallback there?")
     order = sorted(panels, key=lambda name: (name in _TITLES, name))
-    columns = min(4, len(order))
-    rows = -(-len(order) // columns)
-    figure = new_figure(2.7 * columns + 1.0, 2.0 * rows + 0.5)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(order) :]:
-        axes.remove()
+    figure, grid = new_grid(len(order), 4, panel=(2.7, 2.0), margins=(1.0, 0.5))
     names = list(dict.fromkeys(layer for layers in panels.values() for layer in layers))
     colors, mappable = ordered_colors(len(names))
-    for axes, quantity in zip(grid.flat, order):
+    for axes, quantity in zip(grid, order):
         for layer, points in panels[quantity].items():
             at = [sum(values) / len(values) for values in points.values()]
             index = names.index(layer)
@@ -56,12 +51,8 @@ def plot_training(history: Iterable[Mapping[str, Any]], path: str | Path | None 
         axes.tick_params(labelsize="small")
     figure.supxlabel("step", fontsize="medium")
     if len(names) <= 10:
-        handles = {
-            label: line for axes in grid.flat if axes.figure for line, label in zip(*axes.get_legend_handles_labels())
-        }
+        handles = {label: line for axes in grid for line, label in zip(*axes.get_legend_handles_labels())}
         figure.legend(handles.values(), handles, loc="outside right upper", fontsize="x-small", frameon=False)
     else:
-        figure.colorbar(mappable, ax=grid.flat[: len(order)], label="layer, from the first to the last")
-    if path is not None:
-        figure.savefig(path, dpi=110)
-    return figure
+        figure.colorbar(mappable, ax=grid, label="layer, from the first to the last")
+    return saved(figure, path)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_multimax.plots.style import new_figure
+from hf_multimax.plots.style import new_figure, saved
 
 __all__ = ["plot_image_maps", "plot_text_maps"]
 
@@ -55,9 +55,7 @@ def plot_text_maps(
         axes.set_title(f"{name}\n{_zeros(weights):.0%} of what it could look at is exactly 0", fontsize="small")
         axes.set(xlabel="looked at", ylabel="looking" if axes is panels.flat[0] else "")
     figure.colorbar(image, ax=panels, label=_label(head), shrink=0.8)
-    if path is not None:
-        figure.savefig(path, dpi=110)
-    return figure
+    return saved(figure, path)
 
 
 def plot_image_maps(
@@ -99,9 +97,7 @@ def plot_image_maps(
     for axes in panels:
         axes.set(xticks=[], yticks=[])
     figure.colorbar(shown, ax=panels, label=_label(head), shrink=0.8)
-    if path is not None:
-        figure.savefig(path, dpi=110)
-    return figure
+    return saved(figure, path)
 
 
 def _of_head(weights: Tensor, head: int | None) -> Tensor:

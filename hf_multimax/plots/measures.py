@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_multimax.plots.style import COLORS, MARKERS, new_figure
+from hf_multimax.plots.style import COLORS, MARKERS, new_figure, saved
 
 __all__ = ["plot_measures"]
 
@@ -56,9 +56,7 @@ def plot_measures(models: Mapping[str, Mapping[str, Mapping[str, Any]]], path: s
     names = [f"{number} {layer}" for layer, number in numbers.items() if number != "out"]
     if 0 < len(names) <= 12:
         axes.text(1.02, 1.0, "\n".join(names), transform=axes.transAxes, va="top", fontsize="x-small", color="0.3")
-    if path is not None:
-        figure.savefig(path, dpi=110)
-    return figure
+    return saved(figure, path)
 
 
 def _point(measures: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -9,7 +9,7 @@ import torch
 from hf_multimax.functional import modulate
 from hf_multimax.normalizers.base import Normalizer
 from hf_multimax.normalizers.registry import normalize
-from hf_multimax.plots.style import COLORS, new_figure, ordered_colors, short_names
+from hf_multimax.plots.style import COLORS, new_figure, new_grid, ordered_colors, saved, short_names
 
 __all__ = ["plot_modulators", "plot_modulators_on_scores", "plot_normalizer"]
 
@@ -51,9 +51,7 @@ def plot_normalizer(normalizer: Normalizer, scores: torch.Tensor, path: str | Pa
             right.bar(positions + offset, p, width=0.27, color=color, label=name)
         right.set(xlabel="entry, by score", title="distribution", xticks=positions.tolist())
         right.legend(frameon=False)
-    if path is not None:
-        figure.savefig(path, dpi=110)
-    return figure
+    return saved(figure, path)
 
 
 @torch.no_grad()
@@ -93,9 +91,7 @@ def plot_modulators(
         figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small", frameon=False)
     else:
         figure.colorbar(order, ax=right, label="layer, from the first to the last")
-    if path is not None:
-        figure.savefig(path, dpi=80)
-    return figure
+    return saved(figure, path, dpi=80)
 
 
 @torch.no_grad()
@@ -118,21 +114,14 @@ def plot_modulators_on_scores(layers: Mapping[str, Mapping[str, Any]], path: str
         ValueError: if no layer has a modulator.
     """
     chosen = _with_modulators(layers)
-    columns = min(4, len(chosen))
-    rows = -(-len(chosen) // columns)
-    figure = new_figure(max(4.2, 2.6 * columns), 0.7 + 2.1 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for axes in panels.flat[len(chosen) :]:
-        axes.remove()
-    for axes, name, values in zip(panels.flat, short_names(list(chosen)), chosen.values()):
+    figure, panels = new_grid(len(chosen), 4, panel=(2.6, 2.1), margins=(0.0, 0.7), narrowest=4.2)
+    for axes, name, values in zip(panels, short_names(list(chosen)), chosen.values()):
         _panel(axes, name, values)
     handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False, fontsize="small")
     figure.supxlabel("score x", fontsize="medium")
     figure.supylabel(r"$\sigma(x)$", fontsize="medium")
-    if path is not None:
-        figure.savefig(path, dpi=110)
-    return figure
+    return saved(figure, path)
 
 
 def _panel(axes: Any, name: str, values: Mapping[str, Any]) -> None:

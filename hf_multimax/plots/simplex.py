@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_multimax.functional import multimax
 from hf_multimax.normalizers.registry import get_normalizer, normalize, registered_normalizers
-from hf_multimax.plots.style import COLORS, new_figure
+from hf_multimax.plots.style import COLORS, new_grid, saved
 
 __all__ = ["plot_simplex"]
 
@@ -51,14 +51,9 @@ def plot_simplex(
     a, b = torch.meshgrid(axis, axis, indexing="ij")
     x = torch.stack([a.flatten(), b.flatten(), torch.zeros(a.numel())], dim=-1)
     spread = x.amax(-1) - x.amin(-1)
-    columns = min(5, len(functions))
-    rows = -(-len(functions) // columns)
-    figure = new_figure(2.1 * columns + 0.6, 2.0 * rows + 0.7)
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for axes in panels.flat[len(functions) :]:
-        axes.remove()
+    figure, panels = new_grid(len(functions), 5, panel=(2.1, 2.0), margins=(0.6, 0.7))
     points = None
-    for axes, (name, options) in zip(panels.flat, functions.items()):
+    for axes, (name, options) in zip(panels, functions.items()):
         if name == "multimax" and not options:
             p = multimax(x, torch.tensor(values["ranges"]), torch.tensor(values["ts"]))
         else:
@@ -75,10 +70,8 @@ def plot_simplex(
     figure.suptitle(
         "Distributions over three entries: three modes inside, two on edges, one in corners", fontsize="medium"
     )
-    figure.colorbar(points, ax=panels.flat[: len(functions)], label="largest difference of scores", shrink=0.6)
-    if path is not None:
-        figure.savefig(path, dpi=110)
-    return figure
+    figure.colorbar(points, ax=panels, label="largest difference of scores", shrink=0.6)
+    return saved(figure, path)
 
 
 def _shares(p: Tensor) -> str:

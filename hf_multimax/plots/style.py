@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COLORS", "DASHES", "MARKERS", "new_figure", "ordered_colors", "save", "short_names"]
+__all__ = ["COLORS", "DASHES", "MARKERS", "new_figure", "new_grid", "ordered_colors", "save", "saved", "short_names"]
 
 #: Of Okabe and Ito (2008), the darkest first; black is for references.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -19,6 +19,26 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'hf-multimax[plots]'") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def new_grid(
+    count: int, columns: int, panel: tuple[float, float], margins: tuple[float, float], narrowest: float = 0.0
+) -> tuple[Any, list[Any]]:
+    """A figure of so many panels, at most so many beside each other, and the panels; sizes are inches."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = new_figure(max(narrowest, panel[0] * columns + margins[0]), panel[1] * rows + margins[1])
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.remove()
+    return figure, panels[:count]
+
+
+def saved(figure: Any, path: str | Path | None, dpi: int = 110) -> Any:
+    """The figure, written where there is a path."""
+    if path is not None:
+        figure.savefig(path, dpi=dpi)
+    return figure
 
 
 def ordered_colors(count: int) -> Any:

@@ -131,7 +131,6 @@ class _Card:
             "code": self._code(tokenizer),
             "data": self.data,
             "run": self.run,
-            "memory_scope": self.results.memory_scope if self.results else None,
             "text": one_line,
         }
         if results:
@@ -142,12 +141,6 @@ class _Card:
                 "class_names": " and ".join(dict.fromkeys(map(stock_name, results.runs))) or "model",
                 "arms": tables.arms(results),
                 "metric": metric_label(results.metric),
-                "lower_is_better": results.values["lower_is_better"],
-                "reference": results.reference,
-                "p_values": results.has_p_values,
-                "unfinished": results.unfinished,
-                "seeds_asked": results.seeds_asked,
-                "budget": results.values.get("budget"),
                 "arm": self.arm.name if self.arm else None,
             }
         return context
