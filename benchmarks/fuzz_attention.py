@@ -8,19 +8,17 @@ zero. The result and every gradient may err by 4 times what eager attention errs
 of the queries by 1e-6 makes of them in float64, plus the rounding of the type. What fails is printed with its seed.
 """
 
-import argparse
 import random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.fuzz_rows import drawn_options
+from benchmarks.fuzz_rows import drawn_options, try_calls
 from hf_multimax import normalize
 from hf_multimax.attention.call import make_call
 from hf_multimax.attention.eager import eager_attention
 from hf_multimax.attention.native.rows import rowwise_attention, rowwise_unsupported
-from hf_multimax.extension.library import load
 from hf_multimax.normalizers.registry import get_normalizer
 from hf_multimax.rows.call import KINDS
 from hf_multimax.rows.function import Rowwise
@@ -33,23 +31,7 @@ LENGTHS = (1, 2, 5, 16, 17, 33, 64, 100, 130)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=500)
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--only", choices=FUNCTIONS, help="one function")
-    arguments = parser.parse_args()
-    if load()[0] is None:
-        raise SystemExit(f"there is nothing to try: {load()[1]}")
-    failed = 0
-    for seed in range(arguments.first, arguments.first + arguments.calls):
-        try:
-            check(seed, arguments.only)
-        except AssertionError as error:
-            failed += 1
-            print(f"seed {seed}: {error}", flush=True)
-    print(f"{arguments.calls} calls, {failed} failed")
-    if failed:
-        raise SystemExit(1)
+    try_calls(__doc__, check, FUNCTIONS, calls=500)
 
 
 def check(seed: int, only: str | None = None) -> None:

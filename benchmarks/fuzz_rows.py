@@ -10,6 +10,7 @@ units of rounding where those count; zeros must be those of float64. What fails 
 import argparse
 import math
 import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from hf_multimax import backend, normalize
 from hf_multimax.extension.library import load
 from hf_multimax.rows.call import KINDS
 
-__all__ = ["check", "main"]
+__all__ = ["check", "drawn_options", "main", "try_calls"]
 
 SIZES = (1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 64, 65, 100, 257, 1000, 2049)
 EPS = torch.finfo(torch.float32).eps
@@ -28,14 +29,19 @@ SMALLEST = 2 * torch.finfo(torch.float32).tiny
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=2000)
+    torch.set_num_threads(1)
+    try_calls(__doc__, check, KINDS, calls=2000)
+
+
+def try_calls(description: str | None, check: Callable[..., None], functions: Sequence[str], calls: int) -> None:
+    """The command line of a script of random calls: prints the seeds that fail, and exits with 1 if there are any."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=calls)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--only", help="one function")
+    parser.add_argument("--only", choices=functions, help="one function")
     arguments = parser.parse_args()
     if load()[0] is None:
         raise SystemExit(f"there is nothing to try: {load()[1]}")
-    torch.set_num_threads(1)
     failed = 0
     for seed in range(arguments.first, arguments.first + arguments.calls):
         try:

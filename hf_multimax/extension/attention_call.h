@@ -147,4 +147,21 @@ void fill_outside(float* s, Range inside, int64_t n) {
   std::fill(s + inside.high, s + n, 0.0f);
 }
 
+// Calls keys_of(b, kv_head, split) for every key head and share of the keys or rows, in parallel. Batches and heads that
+// share a bias entry go to one thread in turn, so that its gradient has one writer.
+template <class KeysOf>
+void for_key_heads(const Arguments& g, const KeysOf& keys_of) {
+  const bool join_batch = g.grad_bias && g.grad_bias_stride[0] == 0, join_heads = g.grad_bias && g.grad_bias_stride[1] == 0;
+  const int64_t outer_b = join_batch ? 1 : g.batch, outer_h = join_heads ? 1 : g.kv_heads;
+  const int64_t inner_b = g.batch / outer_b, inner_h = g.kv_heads / outer_h;
+  const int64_t items = outer_b * outer_h * g.splits;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(std::min(g.threads, items)))
+  for (int64_t item = 0; item < items; ++item) {
+    const int64_t split = item % g.splits, h = item / g.splits % outer_h, b = item / (g.splits * outer_h);
+    for (int64_t i = 0; i < inner_b; ++i) {
+      for (int64_t j = 0; j < inner_h; ++j) keys_of(b * inner_b + i, h * inner_h + j, split);
+    }
+  }
+}
+
 }  // namespace

@@ -543,23 +543,12 @@ void add_up(const Arguments& g, int64_t first, int64_t count, bool own_per_head,
   }
 }
 
-// Batches and heads that share a bias entry go to one thread in turn, so that its gradient has one writer.
 template <int ORDER>
 void backward(Arguments g) {
   compute_delta(g);
   std::vector<double> sums(g.grad_ranges ? g.splits * g.batch * g.heads * (4 * g.order + 2) : 0);
   g.sums = g.grad_ranges ? sums.data() : nullptr;
-  const bool join_batch = g.grad_bias && g.grad_bias_stride[0] == 0, join_heads = g.grad_bias && g.grad_bias_stride[1] == 0;
-  const int64_t outer_b = join_batch ? 1 : g.batch, outer_h = join_heads ? 1 : g.kv_heads;
-  const int64_t inner_b = g.batch / outer_b, inner_h = g.kv_heads / outer_h;
-  const int64_t items = outer_b * outer_h * g.splits;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(int(std::min(g.threads, items)))
-  for (int64_t item = 0; item < items; ++item) {
-    const int64_t split = item % g.splits, h = item / g.splits % outer_h, b = item / (g.splits * outer_h);
-    for (int64_t i = 0; i < inner_b; ++i) {
-      for (int64_t j = 0; j < inner_h; ++j) backward_keys<ORDER>(g, b * inner_b + i, h * inner_h + j, split);
-    }
-  }
+  for_key_heads(g, [&](int64_t b, int64_t h, int64_t split) { backward_keys<ORDER>(g, b, h, split); });
   if (!g.grad_ranges) return;
   add_up(g, 0, 2 * g.order, g.parameter_stride, g.grad_ranges);
   add_up(g, 2 * g.order, 2 * g.order, g.parameter_stride, g.grad_ts);

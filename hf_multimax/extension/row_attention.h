@@ -379,24 +379,10 @@ void multimax_row_attention_forward(const Arguments* arguments) {
   }
 }
 
-// Batches and heads that share a bias entry go to one thread in turn, so that its gradient has one writer.
 void multimax_row_attention_backward(const Arguments* arguments) {
   const Arguments& g = *arguments;
   Panels panels(g, true);
-  const bool join_batch = g.grad_bias && g.grad_bias_stride[0] == 0, join_heads = g.grad_bias && g.grad_bias_stride[1] == 0;
-  const int64_t outer_b = join_batch ? 1 : g.batch, outer_h = join_heads ? 1 : g.kv_heads;
-  const int64_t inner_b = g.batch / outer_b, inner_h = g.kv_heads / outer_h;
-  const int64_t items = outer_b * outer_h * g.splits;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(int(std::min(g.threads, items)))
-  for (int64_t item = 0; item < items; ++item) {
-    const int64_t split = item % g.splits, h = item / g.splits % outer_h, b = item / (g.splits * outer_h);
-    for (int64_t i = 0; i < inner_b; ++i) {
-      for (int64_t j = 0; j < inner_h; ++j) {
-        const int64_t own_b = b * inner_b + i, own_h = h * inner_h + j;
-        rows_of_keys_back(g, panels(own_b, own_h), own_b, own_h, split);
-      }
-    }
-  }
+  for_key_heads(g, [&](int64_t b, int64_t h, int64_t split) { rows_of_keys_back(g, panels(b, h), b, h, split); });
 }
 
 }  // extern "C"
