@@ -89,7 +89,11 @@ class MultiMaxConfig:
         return [] if value is None else [value] if isinstance(value, str) else list(value)
 
     def replace(self, **overrides: Any) -> "MultiMaxConfig":
-        """A copy with other values; raises TypeError for an unknown field."""
+        """A copy with other values; raises TypeError, with the known ones, for an unknown field."""
+        known = [f.name for f in dataclasses.fields(self)]
+        unknown = sorted(overrides.keys() - set(known))
+        if unknown:
+            raise TypeError(f"MultiMaxConfig has no field {unknown[0]!r}; there are {', '.join(known)}")
         if overrides.get("affine") and not self.affine:
             overrides.setdefault("order", None)  # the default order follows affine
         new = dataclasses.replace(self, **overrides)
