@@ -60,6 +60,30 @@ def test_shapes(name, shape):
         assert relative_error(x, exact[what]) < 2e-5, what
 
 
+@pytest.mark.parametrize("name", ["sparsemax", "entmax15"])
+@pytest.mark.parametrize("length", [2, 15, 33, 49, 54, 55, 97])
+def test_short_rows_whose_thresholds_are_found_together(name, length):
+    """The last few queries of a head join a block or not; keys fill whole vectors or not, to the longest short row."""
+    for keys, causal in ((1, False), (17, False), (128, False), (length, True)):
+        tensors = tensors_of(2, 2, length, keys=keys)
+        tensors["q"] *= torch.logspace(-3, 1, length)[:, None]
+        found, exact = both(name, tensors, {"causal": causal})
+        for what, x in found.items():
+            assert relative_error(x, exact[what]) < 2e-5, (what, keys)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("keys", [20, 300])
+def test_the_backward_pass_has_the_weights_of_the_forward(name, keys):
+    """With the identity for v the result is the weights, and so is the gradient of a v that each query asks for once."""
+    options = {"k": 3} if name == "topk_softmax" else {"t": 2.0} if name == "tsoftmax" else {}
+    tensors = {**tensors_of(1, 2, keys, dim=keys), "v": torch.eye(keys).expand(1, 2, keys, keys).clone()}
+    tensors["k"][:, :, 1] = tensors["k"][:, :, 0]  # ties
+    found = gradients(native, name, options, tensors, {"causal": True}, torch.eye(keys).expand(1, 2, keys, keys))
+    torch.testing.assert_close(found["v"].mT, found["out"], rtol=1e-6, atol=1e-7)
+    assert torch.equal(found["v"].mT == 0, found["out"] == 0)
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_dropout_is_the_same_in_both_passes_and_fair(name):
     tensors, grad, identity = tensors_of(2, 2, 50, keys=60, dim=60), torch.randn(2, 2, 50, 60), torch.eye(60)
@@ -225,7 +249,7 @@ def test_the_operator_is_what_it_claims(monkeypatch):
     alpha, beta, gamma = ((torch.rand(4) + 1).requires_grad_() for _ in range(3))
     call = make_call(*(x.requires_grad_() for x in tensors.values()), None, None, causal=True, window=5)
     arguments = (alpha, beta, gamma, KINDS.index("asentmax"), 0.0, 1.0, *call)
-    torch.library.opcheck(torch.ops.hf_multimax.native_row_attention.default, arguments)
+    torch.library.opcheck(torch.ops.hf_multimax.native_row_attention_training.default, arguments)
     grad, results = torch.randn(1, 4, 9, 16), []
     for direct in (True, False):
         monkeypatch.setattr(rows, "unseen", lambda *_, direct=direct: direct)

@@ -10,14 +10,13 @@ namespace {
 void asentmax_row(const RowCall& g, const Line& l, const Buffers& t) {
   const double length = std::log(double(l.kept + 1)), power = std::pow(length, double(g.gamma[l.row]));
   const float factor = float(g.b + g.beta[l.row] * power), peak = l.peak;
-  if (g.stats) {
-    float* stats = g.stats + l.row * kStats;
+  if (float* stats = stats_of(g, l.row)) {
     stats[0] = peak, stats[1] = factor, stats[2] = float(power), stats[3] = float(std::log(length));
   }
   Line scaled = l;
   vf top = splat(-kInfinity);
   for (int64_t j = 0; j < l.width; j += W) {
-    const vf x = load(l.s + j), z = x == -kInfinity ? x : factor * max(x - peak, splat(-kMost));
+    const vf x = load(l.s + j), z = scaled_score(x, peak, factor);
     store(l.s + j, z);
     top = max(z, top);
   }
@@ -26,7 +25,7 @@ void asentmax_row(const RowCall& g, const Line& l, const Buffers& t) {
 }
 
 void asentmax_back(const RowCall& g, const BackLine& l, const Buffers& t) {
-  const float* stats = g.stats + l.row * kStats;
+  const float* stats = stats_of(g, l.row);
   const float factor = stats[1];
   entmax_back(g, l);
   if (g.grad_beta || g.grad_gamma) {

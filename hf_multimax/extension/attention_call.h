@@ -33,6 +33,7 @@ struct Arguments {
   const float* value;   // options of a function of rows, [heads], null where it has none; see RowCall
   const float* beta;
   const float* gamma;
+  float* stats;         // [batch, heads, rows, kStats] of rows.h: what the forward of a function leaves to the backward
   float* grad_value;    // [batch, heads, rows], null where not wanted
   float* grad_beta;
   float* grad_gamma;
@@ -142,9 +143,9 @@ void add_bias(const Arguments& g, int64_t b, int64_t h, int64_t i, int64_t key, 
   for (int64_t j = 0; j < n; j += W) store(s + j, load(s + j) + load(scratch + j));
 }
 
-void fill_outside(float* s, Range inside, int64_t n) {
-  std::fill(s, s + inside.low, 0.0f);
-  std::fill(s + inside.high, s + n, 0.0f);
+void fill_outside(float* s, Range inside, int64_t n, float with = 0.0f) {
+  std::fill(s, s + inside.low, with);
+  std::fill(s + inside.high, s + n, with);
 }
 
 // Calls keys_of(b, kv_head, split) for every key head and share of the keys or rows, in parallel. Batches and heads that

@@ -69,19 +69,30 @@ double entmax15_threshold(const float* c, int64_t m) {
   return tau;
 }
 
+// A threshold below the peak in two floats, and the weights that it leaves
+struct Threshold {
+  float peak, high, low;
+
+  Threshold(float peak, double tau) : peak(peak), high(float(tau)), low(float(tau - high)) {}
+  explicit Threshold(const float* stats) : peak(stats[kTop]), high(stats[kFactor]), low(stats[kRest]) {}
+  void left(float* stats) const { leave(stats, peak, high, low); }
+  vf sparsemax(vf x) const { return relu((x - peak - high) - low); }
+  vf entmax15(vf x) const {
+    const vf root = relu((0.5f * (x - peak) - high) - low);
+    return root * root;
+  }
+};
+
 void sparsemax_row(const RowCall& g, const Line& l, const Buffers& t) {
-  const double tau = sparsemax_threshold(t.a, candidates(l, -1.0f, t.a));
-  const float peak = l.peak, high = float(tau), low = float(tau - high);
-  emit(g, l, [&](vf x) { return relu((x - peak - high) - low); });
+  const Threshold tau(l.peak, sparsemax_threshold(t.a, candidates(l, -1.0f, t.a)));
+  tau.left(stats_of(g, l.row));
+  emit(g, l, [&](vf x) { return tau.sparsemax(x); });
 }
 
 void entmax15_row(const RowCall& g, const Line& l, const Buffers& t) {
-  const double tau = entmax15_threshold(t.a, candidates(l, -2.0f, t.a));
-  const float peak = l.peak, high = float(tau), low = float(tau - high);
-  emit(g, l, [&](vf x) {
-    const vf root = relu((0.5f * (x - peak) - high) - low);
-    return root * root;
-  });
+  const Threshold tau(l.peak, entmax15_threshold(t.a, candidates(l, -2.0f, t.a)));
+  tau.left(stats_of(g, l.row));
+  emit(g, l, [&](vf x) { return tau.entmax15(x); });
 }
 
 // (1 + d (z - s))_+ ^ (1 / d) and the base, for 0 < d < 1; powers of small whole exponents are products
@@ -177,23 +188,35 @@ void steep_row(const RowCall& g, const Line& l, const Buffers& t, float d) {
   emit(g, l, [](vf x) { return x; });
 }
 
-void entmax_row(const RowCall& g, const Line& l, const Buffers& t) {
-  const float d = std::max(value_of(g, l.row) - 1.0f, 1e-12f);
-  if (d == 1.0f) return sparsemax_row(g, l, t);
-  if (d == 0.5f) return entmax15_row(g, l, t);
-  if (d > 1.0f) return steep_row(g, l, t, d);
-  const Power power(d);
-  const float bound = std::max(-1 / d, -kMost), peak = l.peak;
-  double sum_;
-  const float s = float(entmax_shift(t.a, candidates(l, bound, t.a), power, sum_));
-  const float factor = float(1 / sum_), least = std::max(s - 1 / d, -kMost);
-  emit(g, l, [&](vf x) {
+// alpha - 1 of a row
+inline float steepness(const RowCall& g, int64_t row) { return std::max(value_of(g, row) - 1.0f, 1e-12f); }
+
+// Weights of d < 1 that add up to 1 by the factor
+struct Shifted {
+  Power power;
+  float peak, s, factor, least;
+
+  Shifted(float d, float peak, float s, float factor)
+      : power(d), peak(peak), s(s), factor(factor), least(std::max(s - 1 / d, -kMost)) {}
+  vf operator()(vf x) const {
     const vf z = x - peak;
     if (!count(z > least)) return vf{};
     vf base;
     const vf p = power(z, s, base) * factor;
     return z > -kInfinity ? p : vf{};
-  });
+  }
+};
+
+void entmax_row(const RowCall& g, const Line& l, const Buffers& t) {
+  const float d = steepness(g, l.row);
+  if (d == 1.0f) return sparsemax_row(g, l, t);
+  if (d == 0.5f) return entmax15_row(g, l, t);
+  if (d > 1.0f) return steep_row(g, l, t, d);
+  double sum_;
+  const float s = float(entmax_shift(t.a, candidates(l, std::max(-1 / d, -kMost), t.a), Power(d), sum_));
+  const Shifted weight(d, l.peak, s, float(1 / sum_));
+  leave(stats_of(g, l.row), l.peak, s, weight.factor);
+  emit(g, l, weight);
 }
 
 // (g - mean) over the support
@@ -308,7 +331,7 @@ float entmax_by_alpha(const BackLine& l, float d) {
 }
 
 void entmax_back(const RowCall& g, const BackLine& l) {
-  const float d = std::max(value_of(g, l.row) - 1.0f, 1e-12f), rest = 1.0f - d;
+  const float d = steepness(g, l.row), rest = 1.0f - d;
   float* grad_value = g.grad_value ? g.grad_value + l.row : nullptr;
   if (d > 1.0f) return steep_back(l, d, grad_value);
   if (grad_value) *grad_value = entmax_by_alpha(l, d);

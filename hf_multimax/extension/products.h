@@ -39,20 +39,6 @@ void pack(Matrix x, int64_t n, int64_t columns, float* to, int64_t panel_rows = 
   }
 }
 
-// Transposes W vectors of W floats by log2(W) perfect shuffles.
-inline void transpose(vf* rows) {
-  vi low, high;
-  for (int i = 0; i < W; ++i) low[i] = i / 2 + (i % 2) * W, high[i] = low[i] + W / 2;
-  for (int step = 1; step < W; step *= 2) {
-    vf next[W];
-    for (int i = 0; i < W / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + W / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + W / 2], high);
-    }
-    for (int i = 0; i < W; ++i) rows[i] = next[i];
-  }
-}
-
 // [n, columns] -> panels over n of its transpose: a right factor whose inner dimension is columns. The n rows are those
 // that `some` names, where it is given.
 void pack_transposed(Matrix x, int64_t n, int64_t columns, float* to, const int32_t* some = nullptr) {
@@ -76,43 +62,62 @@ void pack_transposed(Matrix x, int64_t n, int64_t columns, float* to, const int3
   }
 }
 
+// The first n floats of a vector to memory, added to what is there where `add`
+inline void put(float* to, vf v, int64_t n, bool add) {
+  if (n >= W) return store(to, add ? load(to) + v : v);
+  for (int64_t j = 0; j < n; ++j) to[j] = add ? to[j] + v[j] : v[j];
+}
+
 // One register tile: c[M, width] = alpha a b (+ c), a stored [inner, M] where TRANSPOSED. SOME: only the rows `some` of
-// the panel take part, or, where TRANSPOSED, of c.
-template <int M, bool TRANSPOSED, bool SOME>
+// the panel take part, or, where TRANSPOSED, of c. VECTORS: those of a panel's row that width reaches into.
+template <int M, bool TRANSPOSED, bool SOME, int VECTORS>
 inline void tile(int64_t inner, float alpha, const float* a, int64_t lda, const float* b, bool add, float* c,
                  int64_t ldc, int64_t width, const int32_t* some) {
-  vf sums[M][2] = {};
+  vf sums[M][VECTORS] = {};
 #pragma GCC unroll 8
   for (int64_t k = 0; k < inner; ++k) {
     const float* line = b + (SOME && !TRANSPOSED ? some[k] : k) * kPanel;
-    const vf b0 = load(line), b1 = load(line + W);
+    vf of_line[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) of_line[v] = load(line + v * W);
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       const vf x = splat(TRANSPOSED ? a[k * lda + i] : a[i * lda + k]);
-      sums[i][0] = fused(x, b0, sums[i][0]);
-      sums[i][1] = fused(x, b1, sums[i][1]);
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] = fused(x, of_line[v], sums[i][v]);
     }
   }
 #pragma GCC unroll 12
   for (int i = 0; i < M; ++i) {
     float* line = c + (SOME && TRANSPOSED ? some[i] : i) * ldc;
-    vf low = alpha * sums[i][0], high = alpha * sums[i][1];
-    if (width == kPanel) {
-      store(line, add ? load(line) + low : low), store(line + W, add ? load(line + W) + high : high);
-    } else {
-      float part[kPanel];
-      store(part, low), store(part + W, high);
-      for (int64_t j = 0; j < width; ++j) line[j] = add ? line[j] + part[j] : part[j];
-    }
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) put(line + v * W, alpha * sums[i][v], width - v * W, add);
   }
 }
 
-template <int M, bool TRANSPOSED, bool SOME>
+template <int M, bool TRANSPOSED, bool SOME, int VECTORS>
 void last_strip(int64_t m, int64_t inner, float alpha, const float* a, int64_t lda, const float* b, bool add, float* c,
                 int64_t ldc, int64_t width, const int32_t* some) {
-  if (m == M) return tile<M, TRANSPOSED, SOME>(inner, alpha, a, lda, b, add, c, ldc, width, some);
+  if (m == M) return tile<M, TRANSPOSED, SOME, VECTORS>(inner, alpha, a, lda, b, add, c, ldc, width, some);
   if constexpr (M > 1) {
-    last_strip<M - 1, TRANSPOSED, SOME>(m, inner, alpha, a, lda, b, add, c, ldc, width, some);
+    last_strip<M - 1, TRANSPOSED, SOME, VECTORS>(m, inner, alpha, a, lda, b, add, c, ldc, width, some);
+  }
+}
+
+template <bool TRANSPOSED, bool SOME, int VECTORS>
+void multiply_panel(int64_t m, int64_t inner, float alpha, Matrix a, const float* panel, bool add, float* c, int64_t ldc,
+                    int64_t width, const int32_t* some) {
+  for (int64_t i = 0; i < m; i += kStrip) {
+    const float* from = a.data + (TRANSPOSED ? i : i * a.stride);
+    const bool chosen = SOME && TRANSPOSED;
+    float* to = c + (chosen ? 0 : i * ldc);
+    const int32_t* own = chosen ? some + i : some;
+    if (i + kStrip <= m) {
+      tile<kStrip, TRANSPOSED, SOME, VECTORS>(inner, alpha, from, a.stride, panel, add, to, ldc, width, own);
+    } else {
+      last_strip<kStrip - 1, TRANSPOSED, SOME, VECTORS>(m - i, inner, alpha, from, a.stride, panel, add, to, ldc, width,
+                                                        own);
+    }
   }
 }
 
@@ -123,16 +128,10 @@ void multiply(int64_t m, int64_t n, int64_t inner, float alpha, Matrix a, const 
               int64_t ldc, int64_t panel_rows = 0, const int32_t* some = nullptr) {
   for (int64_t j = 0; j < n; j += kPanel, panels += (panel_rows ? panel_rows : inner) * kPanel) {
     const int64_t width = std::min<int64_t>(kPanel, n - j);
-    for (int64_t i = 0; i < m; i += kStrip) {
-      const float* from = a.data + (TRANSPOSED ? i : i * a.stride);
-      const bool chosen = SOME && TRANSPOSED;
-      float* to = c + (chosen ? 0 : i * ldc) + j;
-      const int32_t* own = chosen ? some + i : some;
-      if (i + kStrip <= m) {
-        tile<kStrip, TRANSPOSED, SOME>(inner, alpha, from, a.stride, panels, add, to, ldc, width, own);
-      } else {
-        last_strip<kStrip - 1, TRANSPOSED, SOME>(m - i, inner, alpha, from, a.stride, panels, add, to, ldc, width, own);
-      }
+    if (width > W) {
+      multiply_panel<TRANSPOSED, SOME, 2>(m, inner, alpha, a, panels, add, c + j, ldc, width, some);
+    } else {
+      multiply_panel<TRANSPOSED, SOME, 1>(m, inner, alpha, a, panels, add, c + j, ldc, width, some);
     }
   }
 }

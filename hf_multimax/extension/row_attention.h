@@ -1,15 +1,17 @@
 // Attention through a function of rows: a block of query rows has all its scores in a thread's scratch, the function
 // runs in place, and the products that follow leave out the keys that no row of the block gives weight. The backward pass
-// computes the weights anew. Blocks have fewer rows the more keys there are, so that memory stays linear.
+// computes the weights anew, most of them from what the forward has found. Blocks have fewer rows the more keys there
+// are, so that memory stays linear.
 
 #pragma once
 
 #include "attention_call.h"
 #include "row_calls.h"
+#include "together.h"
 
 namespace {
 
-constexpr int64_t kFewestRows = kStrip, kRowsOfBlock = 2 * kStrip, kRowsOfBlockBack = 4 * kStrip;
+constexpr int64_t kFewestRows = kStrip, kRowsOfBlock = 2 * kStrip, kMoreRows = 4 * kStrip;
 constexpr int64_t kScores = 1 << 16;    // of a block
 constexpr int64_t kKeysAtOnce = 512;    // that are packed, or added up before their sum joins the others'
 constexpr int64_t kWeighedShare = 7;    // eighths of the keys above which none is left out
@@ -67,17 +69,26 @@ int64_t seen(const Arguments& g, int64_t rows) {
   return g.window < 0 ? g.keys : std::min(g.keys, 2 * g.window + rows);
 }
 
-int64_t block_rows(const Arguments& g, int64_t most) {
-  const int64_t fitting = kScores / std::max<int64_t>(seen(g, most), 1) / kStrip * kStrip;
-  return std::min(g.rows, std::max(kFewestRows, std::min(most, fitting)));
-}
+// The rows of a head in blocks of `size`; the last one has fewer, or some more where they would be few alone
+struct Blocks {
+  int64_t rows, size, number, largest;
+
+  Blocks(const Arguments& g, bool backward) : rows(g.rows) {
+    const int64_t most = backward || seen(g, kMoreRows) <= kShort ? kMoreRows : kRowsOfBlock;
+    const int64_t fitting = kScores / std::max<int64_t>(seen(g, most), 1) / kStrip * kStrip;
+    size = std::max(kFewestRows, std::min(most, fitting));
+    number = std::max<int64_t>(1, (rows + size - 1 - kStrip / 2) / size);
+    largest = std::min(rows, size + kStrip / 2);
+  }
+  int64_t first(int64_t block) const { return block * size; }
+  int64_t count(int64_t block) const { return block + 1 < number ? size : rows - block * size; }
+};
 
 // Rows [row, row + count) of a head, and the keys [first, first + keys) that one of them may see
 struct RowsOfHead {
   int64_t b, h, row, count, first, keys;
 
-  RowsOfHead(const Arguments& g, int64_t b, int64_t h, int64_t row, int64_t most)
-      : b(b), h(h), row(row), count(std::min(most, g.rows - row)) {
+  RowsOfHead(const Arguments& g, int64_t b, int64_t h, int64_t row, int64_t count) : b(b), h(h), row(row), count(count) {
     const Range all = visible(g, row, count);
     first = all.low / kPanel * kPanel, keys = all.high - first;
   }
@@ -89,7 +100,8 @@ struct BlockBuffers {
   float *p, *q, *out, *line;
   float *scores, *capped, *dropout;  // for the backward
   int32_t *groups, *some, *lanes;
-  float *dp, *grad_out, *panels, *stats;
+  float *dp, *grad_out, *panels;
+  float *together, *found;  // for rows whose thresholds are found together
   Buffers row;
 };
 
@@ -110,10 +122,13 @@ BlockBuffers block_buffers(Pieces& piece, const Arguments& g, int64_t rows, bool
   if (g.softcap > 0) t.capped = piece(kept);
   if (g.dropout > 0) t.dropout = piece(kept);
   t.row = buffers(piece, keys, is_structured(g.kind));
-  if (!backward) return t;
+  if (!backward) {
+    t.together = piece(whole(kShort) * W), t.found = piece(W * kStats);
+    return t;
+  }
   if (needs_scores(g)) t.scores = piece(kept);
   if (is_structured(g.kind)) t.groups = reinterpret_cast<int32_t*>(piece(kept));
-  t.dp = piece(kept), t.grad_out = piece(rows * g.value_dim), t.stats = piece(rows * kStats);
+  t.dp = piece(kept), t.grad_out = piece(rows * g.value_dim);
   t.panels = piece(std::max(rows * padded(std::max(g.dim, g.value_dim)), keys * g.value_dim));
   return t;
 }
@@ -131,44 +146,88 @@ inline void times(float* x, const float* factors, int64_t n) {
   for (int64_t j = 0; j < n; j += W) store(x + j, load(x + j) * load(factors + j));
 }
 
-// The weights of a block in t.p, and for the backward, which wants them without dropout, what else it has to know
+// The keys of the block that row i may see
+inline Range seen_by(const Arguments& g, const RowsOfHead& r, int64_t i) {
+  return clip(visible(g, r.row + i, 1), r.first, r.first + r.keys);
+}
+
+// Products of row i of a block -> scores: what the softcap, the bias and the mask make of them
+void score(const Arguments& g, const RowsOfHead& r, const BlockBuffers& t, int64_t i, Range in) {
+  const int64_t n = in.high - in.low, key = r.first + in.low, kept = i * t.kept_width + in.low;
+  float* s = t.p + i * t.width + in.low;
+  if (g.softcap > 0) cap_row(g, n, s, t.capped + kept);
+  if (g.bias.data) add_bias(g, r.b, r.h, r.row + i, key, n, s, t.line);
+  if (g.mask.data) {
+    mask_row(g, r.b, r.h, r.row + i, key, n, t.line);
+    for (int64_t j = 0; j < n; j += W) {
+      const vf a = load(t.line + j);
+      store(s + j, a == -kInfinity ? a : load(s + j) + a);
+    }
+  }
+  if (t.scores) std::memcpy(t.scores + kept, s, n * sizeof(float));
+}
+
+// Beside the weights of row i, which are zeros outside of what it sees: dropout, which the backward keeps apart, and
+// what else that reads again
+void fill_row(const Arguments& g, const RowsOfHead& r, const BlockBuffers& t, int64_t i, Range in) {
+  const int64_t n = in.high - in.low, key = r.first + in.low, kept = i * t.kept_width + in.low;
+  float* p = t.p + i * t.width;
+  if (g.dropout > 0 && n > 0) dropout_row(g, r.b * g.heads + r.h, r.row + i, key, n, t.dropout + kept);
+  if (g.dropout > 0 && !t.kept_width) times(p + in.low, t.dropout + kept, n);
+  fill_outside(p, in, whole(r.keys));
+  if (!t.kept_width) return;
+  for (float* of_row : {t.scores, t.capped, t.dropout}) {
+    if (of_row) fill_outside(of_row + i * t.width, in, whole(r.keys));
+  }
+  if (t.groups) {
+    std::fill(t.groups + i * t.width, t.groups + kept, -1);
+    std::fill(t.groups + kept + n, t.groups + i * t.width + whole(r.keys), -1);
+  }
+}
+
+inline float* stats_of(const Arguments& g, const RowsOfHead& r, int64_t i) {
+  return g.stats ? g.stats + (((r.b * g.heads + r.h) * g.rows) + r.row + i) * kStats : nullptr;
+}
+
+// The weights of a block in t.p; the backward wants them without dropout. It has the forward's numbers of the rows, and
+// the forward finds those of W short rows together.
 void weigh(const Arguments& g, const RowsOfHead& r, const BlockBuffers& t) {
   RowCall c = row_call(g, r.h);
-  for (int64_t i = 0; i < r.count; ++i) {
-    const Range in = clip(visible(g, r.row + i, 1), r.first, r.first + r.keys);
-    const int64_t n = in.high - in.low, key = r.first + in.low, kept = i * t.kept_width + in.low;
-    float* s = t.p + i * t.width + in.low;
-    if (n > 0) {
-      if (g.softcap > 0) cap_row(g, n, s, t.capped + kept);
-      if (g.bias.data) add_bias(g, r.b, r.h, r.row + i, key, n, s, t.line);
-      if (g.mask.data) {
-        mask_row(g, r.b, r.h, r.row + i, key, n, t.line);
-        for (int64_t j = 0; j < n; j += W) {
-          const vf a = load(t.line + j);
-          store(s + j, a == -kInfinity ? a : load(s + j) + a);
-        }
-      }
-      if (t.scores) std::memcpy(t.scores + kept, s, n * sizeof(float));
-      c.x = reinterpret_cast<const char*>(s), c.out = reinterpret_cast<char*>(s), c.n = n;
-      c.stats = t.stats ? t.stats + i * kStats : nullptr, c.groups = t.groups ? t.groups + kept : nullptr;
-      forward_one(c, 0, t.row);
-      if (g.dropout > 0) dropout_row(g, r.b * g.heads + r.h, r.row + i, key, n, t.dropout + kept);
-      if (g.dropout > 0 && !t.kept_width) times(s, t.dropout + kept, n);
+  const bool backward = t.kept_width > 0, together = !backward && found_together(c, r.keys);
+  const int64_t step = together ? W : 1;
+  for (int64_t first = 0; first < r.count; first += step) {
+    const int64_t last = std::min(first + step, r.count);
+    for (int64_t i = first; i < last; ++i) {
+      const Range in = seen_by(g, r, i);
+      if (in.high > in.low) score(g, r, t, i, in);
+      if (together) fill_outside(t.p + i * t.width, in, whole(r.keys), -kInfinity);
     }
-    fill_outside(t.p + i * t.width, in, whole(r.keys));
-    if (!t.kept_width) continue;
-    for (float* of_row : {t.scores, t.capped, t.dropout}) {
-      if (of_row) fill_outside(of_row + i * t.width, in, whole(r.keys));
+    if (together && last - first > 1) {
+      find_together(c, t.p + first * t.width, t.width, last - first, r.keys, t.together, t.found);
+      if (g.stats) std::memcpy(stats_of(g, r, first), t.found, (last - first) * kStats * sizeof(float));
     }
-    if (t.groups) {
-      std::fill(t.groups + i * t.width, t.groups + kept, -1);
-      std::fill(t.groups + kept + n, t.groups + i * t.width + whole(r.keys), -1);
+    for (int64_t i = first; i < last; ++i) {
+      const Range in = seen_by(g, r, i);
+      float *s = t.p + i * t.width + in.low, *stats = stats_of(g, r, i);
+      c.x = reinterpret_cast<const char*>(s), c.out = reinterpret_cast<char*>(s), c.n = in.high - in.low;
+      c.groups = t.groups ? t.groups + i * t.kept_width + in.low : nullptr;
+      const float* found = together && last - first > 1 ? t.found + (i - first) * kStats : nullptr;
+      if (backward && g.rows > 1) found = stats;  // the forward of one query has products that are rounded otherwise
+      if (c.n > 0 && !(found && weigh_found(c, found, s))) c.stats = stats, forward_one(c, 0, t.row);
+      fill_row(g, r, t, i, in);
     }
   }
 }
 
+// Whether some keys may have no weight in all rows of a block
+inline bool may_skip(const Arguments& g) {
+  return g.mask.data || !(g.kind == kSoftMax || g.kind == kScalableSoftMax || g.kind == kAdaptiveTemperature ||
+                          g.kind == kSoftMax1 || g.kind == kSigmoid);
+}
+
 // The keys that a row of the block gives weight: their places and number, all of them where few have none
-int64_t weighed(const BlockBuffers& t, int64_t rows, int64_t keys) {
+int64_t weighed(const Arguments& g, const BlockBuffers& t, int64_t rows, int64_t keys) {
+  if (!may_skip(g)) return keys;
   int64_t m = 0;
   vi place;
   for (int l = 0; l < W; ++l) place[l] = l;
@@ -240,18 +299,24 @@ void single_row(const Arguments& g, int64_t b, int64_t h) {
   write(t.out, g.value_dim, g.out.type, const_cast<char*>(at(g.out, b, h, 0, 0)));
 }
 
-void rows_block(const Arguments& g, const KeyPanels& keys, int64_t b, int64_t h, int64_t row, int64_t most) {
+// Products of a block and all its keys; behind these there are zeros up to a whole panel
+void multiply_keys(const Arguments& g, const RowsOfHead& r, const KeyPanels& keys, Matrix q, const BlockBuffers& t) {
+  const float* panels = keys.k_transposed + r.first * g.dim;
+  multiply<false>(r.count, padded(r.keys), g.dim, float(g.scale), q, panels, false, t.p, t.width);
+}
+
+void rows_block(const Arguments& g, const KeyPanels& keys, const Blocks& blocks, int64_t b, int64_t h, int64_t block) {
   Pieces piece;
   BlockBuffers t;
   for (int pass = 0; pass < 2; ++pass) {
-    t = block_buffers(piece, g, most, false);
+    t = block_buffers(piece, g, blocks.largest, false);
     if (!pass) piece.allocate();
   }
-  const RowsOfHead r(g, b, h, row, most);
-  const Matrix q = rows_of(g.q, b, h, row, r.count, g.dim, t.q);
-  multiply<false>(r.count, r.keys, g.dim, float(g.scale), q, keys.k_transposed + r.first * g.dim, false, t.p, t.width);
+  const int64_t row = blocks.first(block);
+  const RowsOfHead r(g, b, h, row, blocks.count(block));
+  multiply_keys(g, r, keys, rows_of(g.q, b, h, row, r.count, g.dim, t.q), t);
   weigh(g, r, t);
-  const int64_t m = weighed(t, r.count, r.keys);
+  const int64_t m = weighed(g, t, r.count, r.keys);
   if (m < r.keys) squeeze(t, r.count, r.keys, m, t.p);
   product(t, r.count, g.value_dim, m, m == r.keys, 1.0f, t.p, keys.v + r.first * kPanel, g.keys, t.out);
   for (int64_t i = 0; i < r.count; ++i) {
@@ -273,7 +338,7 @@ void unweigh(const Arguments& g, const RowsOfHead& r, int64_t m, bool all, const
     float *p = t.p + start, *dp = t.dp + start;
     std::fill(dp + m, dp + whole(m), 0.0f);
     if (t.dropout) times(dp, t.dropout + start, m);
-    c.stats = t.stats + i * kStats;
+    c.stats = stats_of(g, r, i);
     if (t.scores) c.x = reinterpret_cast<const char*>(t.scores + start);
     if (t.groups) c.groups = t.groups + start;
     if (g.grad_value) c.grad_value = g.grad_value + line + i;
@@ -301,16 +366,16 @@ void add_to_keys(const BlockBuffers& t, int64_t rows, int64_t columns, int64_t m
   multiply<true, true>(m, columns, rows, alpha, {w, t.width}, t.panels, true, c, columns, 0, t.some);
 }
 
-void rows_block_back(const Arguments& g, const KeyPanels& keys, const BlockBuffers& t, int64_t b, int64_t h, int64_t row,
-                     int64_t most, float* grad_k, float* grad_v) {
-  const RowsOfHead r(g, b, h, row, most);
+void rows_block_back(const Arguments& g, const RowsOfHead& r, const KeyPanels& keys, const BlockBuffers& t, float* grad_k,
+                     float* grad_v) {
+  const int64_t b = r.b, h = r.h, row = r.row;
   const Matrix q = rows_of(g.q, b, h, row, r.count, g.dim, t.q);
   const Matrix grad_out = rows_of(g.grad_out, b, h, row, r.count, g.value_dim, t.grad_out);
   const float scale = float(g.scale);
-  multiply<false>(r.count, r.keys, g.dim, scale, q, keys.k_transposed + r.first * g.dim, false, t.p, t.width);
+  multiply_keys(g, r, keys, q, t);
   weigh(g, r, t);
   // entries without weight have no gradient, but that oscarmax gives scores of opposite sign one together
-  const int64_t m = g.kind == kOscarMax ? r.keys : weighed(t, r.count, r.keys);
+  const int64_t m = g.kind == kOscarMax ? r.keys : weighed(g, t, r.count, r.keys);
   const bool all = m == r.keys;
   const float* v_transposed = keys.v_transposed + r.first * g.value_dim;
   if (!all) {
@@ -321,7 +386,7 @@ void rows_block_back(const Arguments& g, const KeyPanels& keys, const BlockBuffe
     pack_transposed(v, m, g.value_dim, t.panels, t.some);
     v_transposed = t.panels;
   }
-  multiply<false>(r.count, m, g.value_dim, 1.0f, grad_out, v_transposed, false, t.dp, t.width);
+  multiply<false>(r.count, padded(m), g.value_dim, 1.0f, grad_out, v_transposed, false, t.dp, t.width);
   unweigh(g, r, m, all, t);
   if (grad_v) {
     pack(grad_out, r.count, g.value_dim, t.panels);
@@ -339,18 +404,20 @@ void rows_block_back(const Arguments& g, const KeyPanels& keys, const BlockBuffe
 
 // All query heads of one key-value head against its keys: every `splits`-th block of rows
 void rows_of_keys_back(const Arguments& g, const KeyPanels& keys, int64_t b, int64_t kv, int64_t split) {
-  const int64_t most = block_rows(g, kRowsOfBlockBack), group = g.heads / g.kv_heads;
+  const Blocks blocks(g, true);
+  const int64_t group = g.heads / g.kv_heads;
   Pieces piece;
   BlockBuffers t;
   for (int pass = 0; pass < 2; ++pass) {
-    t = block_buffers(piece, g, most, true);
+    t = block_buffers(piece, g, blocks.largest, true);
     if (!pass) piece.allocate();
   }
   const int64_t line = ((split * g.batch + b) * g.kv_heads + kv) * g.keys;
   float *grad_k = static_cast<float*>(g.grad_k.data), *grad_v = static_cast<float*>(g.grad_v.data);
   for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-    for (int64_t row = split * most; row < g.rows; row += g.splits * most) {
-      rows_block_back(g, keys, t, b, h, row, most, grad_k ? grad_k + line * g.dim : nullptr,
+    for (int64_t block = split; block < blocks.number; block += g.splits) {
+      const RowsOfHead r(g, b, h, blocks.first(block), blocks.count(block));
+      rows_block_back(g, r, keys, t, grad_k ? grad_k + line * g.dim : nullptr,
                       grad_v ? grad_v + line * g.value_dim : nullptr);
     }
   }
@@ -369,13 +436,13 @@ void multimax_row_attention_forward(const Arguments* arguments) {
     return;
   }
   Panels panels(g, false);
-  const int64_t most = block_rows(g, kRowsOfBlock), blocks = (g.rows + most - 1) / most;
-  const int64_t items = g.batch * g.heads * blocks;
+  const Blocks blocks(g, false);
+  const int64_t items = g.batch * g.heads * blocks.number;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(int(std::min(g.threads, items)))
   for (int64_t item = 0; item < items; ++item) {
-    const int64_t h = item / blocks % g.heads, b = item / blocks / g.heads;
+    const int64_t h = item / blocks.number % g.heads, b = item / blocks.number / g.heads;
     // later rows see more keys under a causal mask: the longest first
-    rows_block(g, panels(b, h * g.kv_heads / g.heads), b, h, (blocks - 1 - item % blocks) * most, most);
+    rows_block(g, panels(b, h * g.kv_heads / g.heads), blocks, b, h, blocks.number - 1 - item % blocks.number);
   }
 }
 

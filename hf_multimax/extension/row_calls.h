@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "asentmax.h"
+#include "found.h"
 #include "structured.h"
 
 namespace {
@@ -57,7 +57,7 @@ void forward_rest(const RowCall& g, const Line& l) {
 
 // One row of any function but MultiMax
 void forward_one(const RowCall& g, int64_t row, const Buffers& t) {
-  if (g.stats) std::fill(g.stats + row * kStats, g.stats + (row + 1) * kStats, 0.0f);
+  if (float* stats = stats_of(g, row)) std::fill(stats, stats + kStats, 0.0f);
   const Line l = take(g, row, t, [](vf x) { return x; });
   l.broken || l.peak == -kInfinity ? forward_rest(g, l) : forward_row(g, l, t);
 }

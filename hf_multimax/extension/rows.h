@@ -13,7 +13,11 @@ enum Kind : int64_t {
 };
 
 constexpr float kMost = std::numeric_limits<float>::max();
-constexpr int64_t kStats = 6;  // floats that the forward leaves to the backward for every row
+
+// What the forward of a row leaves to its backward: four numbers of each function's own, three that the weights are made
+// of in one pass over the scores, and whether these are there.
+enum Stat { kOwn = 0, kTop = 4, kFactor = 5, kRest = 6, kFound = 7 };
+constexpr int64_t kStats = 8;
 
 }  // namespace
 
@@ -93,6 +97,13 @@ Buffers buffers(int64_t n, bool structured) {
   buffers(piece, n, structured);
   piece.allocate();
   return buffers(piece, n, structured);
+}
+
+// A row's numbers for its backward; null where nobody wants them
+inline float* stats_of(const RowCall& g, int64_t row) { return g.stats ? g.stats + row * kStats : nullptr; }
+
+inline void leave(float* stats, float top, float factor, float rest) {
+  if (stats) stats[kTop] = top, stats[kFactor] = factor, stats[kRest] = rest, stats[kFound] = 1.0f;
 }
 
 inline float value_of(const RowCall& g, int64_t row) { return g.value ? g.value[row] : float(g.a); }

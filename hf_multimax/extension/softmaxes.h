@@ -20,29 +20,48 @@ inline double exponentials(const Line& l, F f) {
   });
 }
 
-inline void emit_scaled(const RowCall& g, const Line& l, double sum_) {
+// What adds up to `sum_`, divided by that; `top` is what was taken from the scores before
+inline void emit_scaled(const RowCall& g, const Line& l, float top, double sum_) {
   const float factor = float(1.0 / sum_);
+  leave(stats_of(g, l.row), top, factor, 0.0f);
   emit(g, l, [&](vf e) { return e * factor; });
 }
 
+// (x - peak) / temperature, minus infinity for no finite score; by the inverse where that is exact
+struct Cooled {
+  float peak, temperature, inverse;
+  bool exact;
+
+  Cooled(float peak, float temperature) : peak(peak), temperature(temperature), inverse(1.0f / temperature) {
+    int exponent;
+    exact = std::frexp(temperature, &exponent) == 0.5f && std::abs(exponent) < 100;
+  }
+  vf operator()(vf x) const {
+    if (temperature == 1.0f) return x - peak;
+    const vf z = max(x - peak, splat(-kMost));
+    return x == -kInfinity ? x : exact ? z * inverse : z / temperature;
+  }
+};
+
 void softmax_row(const RowCall& g, const Line& l, float temperature) {
-  const float peak = l.peak;
-  if (temperature == 1.0f) return emit_scaled(g, l, exponentials(l, [&](vf x) { return x - peak; }));
-  emit_scaled(g, l, exponentials(l, [&](vf x) { return max(x - peak, splat(-kMost)) / temperature; }));
+  emit_scaled(g, l, l.peak, exponentials(l, Cooled(l.peak, temperature)));
 }
 
 // A score of 0 takes a share, too
 void softmax1_row(const RowCall& g, const Line& l) {
   const float most = std::max(l.peak, 0.0f);
-  emit_scaled(g, l, exponentials(l, [&](vf x) { return x - most; }) + std::exp(-double(most)));
+  emit_scaled(g, l, most, exponentials(l, [&](vf x) { return x - most; }) + std::exp(-double(most)));
+}
+
+inline vf sigmoid_of(vf v) {
+  const vf e = exp_(v < 0.0f ? v : -v);
+  return (v < 0.0f ? e : splat(1.0f)) / (1.0f + e);
 }
 
 void sigmoid_row(const RowCall& g, const Line& l) {
   const float shift = g.b != 0 ? float(g.a) : -std::log(float(l.kept));
-  emit(g, l, [&](vf x) {
-    const vf v = x + shift, e = exp_(v < 0.0f ? v : -v);
-    return (v < 0.0f ? e : splat(1.0f)) / (1.0f + e);
-  });
+  leave(stats_of(g, l.row), shift, 0.0f, 0.0f);
+  emit(g, l, [&](vf x) { return sigmoid_of(x + shift); });
 }
 
 void sigmoid_back(const BackLine& l) {
@@ -52,17 +71,22 @@ void sigmoid_back(const BackLine& l) {
   }
 }
 
+// scale (x - peak), of masked entries minus infinity
+inline vf scaled_score(vf x, float peak, float scale) {
+  return x == -kInfinity ? x : scale * max(x - peak, splat(-kMost));
+}
+
 // SoftMax of scale (x - peak), where the scale may be 0 or negative
 void scaled_row(const RowCall& g, const Line& l, float scale) {
   const float peak = l.peak;
   vf top = splat(-kInfinity);
   for (int64_t j = 0; j < l.width; j += W) {
-    const vf x = load(l.s + j), z = x == -kInfinity ? x : scale * max(x - peak, splat(-kMost));
+    const vf z = scaled_score(load(l.s + j), peak, scale);
     store(l.s + j, z);
     top = max(z, top);
   }
   const float most = largest(top);
-  emit_scaled(g, l, exponentials(l, [&](vf z) { return z - most; }));
+  emit_scaled(g, l, most, exponentials(l, [&](vf z) { return z - most; }));
 }
 
 // c p (g - mean): the gradient of SoftMax
@@ -83,16 +107,20 @@ const float* shifted_scores(const RowCall& g, const BackLine& l, float peak, flo
   return to;
 }
 
+inline float scale_of(const RowCall& g, int64_t row, float log_count) {
+  return float(g.b) + value_of(g, row) * log_count;
+}
+
 void scalable_row(const RowCall& g, const Line& l) {
   const float log_count = std::log(float(l.kept));
-  if (g.stats) g.stats[l.row * kStats] = log_count, g.stats[l.row * kStats + 1] = l.peak;
-  scaled_row(g, l, float(g.b) + value_of(g, l.row) * log_count);
+  if (float* stats = stats_of(g, l.row)) stats[0] = log_count, stats[1] = l.peak;
+  scaled_row(g, l, scale_of(g, l.row, log_count));
 }
 
 void scalable_back(const RowCall& g, const BackLine& l, const Buffers& t) {
-  const float log_count = g.stats[l.row * kStats], scale = float(g.b) + value_of(g, l.row) * log_count;
+  const float log_count = stats_of(g, l.row)[0], scale = scale_of(g, l.row, log_count);
   if (g.grad_value) {
-    const float* z = shifted_scores(g, l, g.stats[l.row * kStats + 1], t.s);
+    const float* z = shifted_scores(g, l, stats_of(g, l.row)[1], t.s);
     const float mean = float(mean_gradient(l));
     g.grad_value[l.row] = log_count * float(total(l.width, [&](int64_t j) {
       return product(load(l.p + j), load(l.g + j) - mean) * load(z + j);
@@ -129,8 +157,7 @@ void adaptive_row(const RowCall& g, const Line& l, const Buffers& t) {
   }) / sum_;
   double slope;
   const double beta = inverse_temperature(entropy, slope);
-  if (g.stats) {
-    float* stats = g.stats + l.row * kStats;
+  if (float* stats = stats_of(g, l.row)) {
     stats[0] = l.peak, stats[1] = float(beta), stats[2] = float(slope), stats[3] = log_sum;
   }
   scaled_row(g, l, float(beta));
@@ -138,7 +165,7 @@ void adaptive_row(const RowCall& g, const Line& l, const Buffers& t) {
 
 void adaptive_back(const RowCall& g, const BackLine& l, const Buffers& t) {
   if (g.b != 0) return softmax_back(l, 1.0f);
-  const float* stats = g.stats + l.row * kStats;
+  const float* stats = stats_of(g, l.row);
   const float beta = stats[1], slope = stats[2], log_sum = stats[3];
   softmax_back(l, beta);
   if (slope == 0.0f) return;
@@ -155,6 +182,11 @@ void adaptive_back(const RowCall& g, const BackLine& l, const Buffers& t) {
   }
 }
 
+// e^z of what is not below the mean, `others` e^z of the rest
+inline vf likely_exponential(vf z, float mean, float others) {
+  return exp_(z) * ((z >= mean) | (z == 0.0f) ? splat(1.0f) : splat(others));
+}
+
 void evsoftmax_row(const RowCall& g, const Line& l) {
   const float peak = l.peak, others = g.b != 0 ? kEvTrainingFactor : 0.0f;
   const double sum_z = total(l.width, [&](int64_t j) {
@@ -162,10 +194,9 @@ void evsoftmax_row(const RowCall& g, const Line& l) {
     return x == -kInfinity ? vf{} : x - peak;
   });
   const float mean = float(sum_z / double(l.kept));
-  emit_scaled(g, l, total(l.width, [&](int64_t j) {
-    const vf z = load(l.s + j) - peak;
-    const vi likely = (z >= mean) | (z == 0.0f);
-    const vf e = exp_(z) * (likely ? splat(1.0f) : splat(others));
+  if (float* stats = stats_of(g, l.row)) stats[0] = mean, stats[1] = others;
+  emit_scaled(g, l, peak, total(l.width, [&](int64_t j) {
+    const vf e = likely_exponential(load(l.s + j) - peak, mean, others);
     store(l.s + j, e);
     return e;
   }));
@@ -173,6 +204,8 @@ void evsoftmax_row(const RowCall& g, const Line& l) {
 
 void topk_row(const RowCall& g, const Line& l, const Buffers& t) {
   const int64_t k = int64_t(g.a);
+  float* stats = stats_of(g, l.row);
+  if (stats) stats[0] = -kInfinity, stats[1] = kInfinity;
   if (k >= l.kept) return softmax_row(g, l, 1.0f);
   int64_t m = 0;
   for (int64_t j = 0; j < l.width; j += W) {
@@ -182,19 +215,28 @@ void topk_row(const RowCall& g, const Line& l, const Buffers& t) {
   const float least = nth_smallest(t.a, m, m - k, t.b);
   int64_t room = k, equal = 0;
   for (int64_t j = 0; j < l.width; j += W) room -= count(load(l.s + j) > least), equal += count(load(l.s + j) == least);
+  if (stats) stats[0] = least;
   if (equal > room) {  // the first ones are taken
     for (int64_t j = 0; j < l.n; ++j) {
-      if (l.s[j] == least && room-- <= 0) l.s[j] = -kInfinity;
+      if (l.s[j] != least) continue;
+      if (room-- > 0) {
+        if (stats) stats[1] = float(j);
+      } else {
+        l.s[j] = -kInfinity;
+      }
     }
   }
   const float peak = l.peak;
-  emit_scaled(g, l, exponentials(l, [&](vf x) { return x >= least ? x - peak : splat(-kInfinity); }));
+  emit_scaled(g, l, peak, exponentials(l, [&](vf x) { return x >= least ? x - peak : splat(-kInfinity); }));
 }
 
-// w e^z / sum(w e^z), w = max(z + t, 0), z = x - peak. Stats: t, the factor of w e^z, how many entries are largest, peak,
-// whether w has a slope, and dt by the sparsity.
+// The factor that keeps w e^z from overflowing
+inline float unit_of(float threshold) { return threshold > 1.0f ? 1.0f / threshold : 1.0f; }
+
+// w e^z / sum(w e^z), w = max(z + t, 0), z = x - peak. Stats: t, the factor of w e^z, how many entries are largest,
+// whether w has a slope, and in the end dt by the sparsity.
 void weighted_row(const RowCall& g, const Line& l, float threshold, bool sloped, float by_sparsity) {
-  const float peak = l.peak, unit = threshold > 1.0f ? 1.0f / threshold : 1.0f;
+  const float peak = l.peak, unit = unit_of(threshold);
   int64_t most = 0;
   const double sum_ = total(l.width, [&](int64_t j) {
     const vf z = load(l.s + j) - peak;
@@ -203,25 +245,24 @@ void weighted_row(const RowCall& g, const Line& l, float threshold, bool sloped,
     store(l.s + j, e);
     return e;
   });
-  if (g.stats) {
-    float* stats = g.stats + l.row * kStats;
-    stats[0] = threshold, stats[1] = float(unit / sum_), stats[2] = float(most), stats[3] = peak;
-    stats[4] = sloped, stats[5] = by_sparsity;
+  emit_scaled(g, l, peak, sum_);
+  if (float* stats = stats_of(g, l.row)) {
+    stats[0] = threshold, stats[1] = float(unit / sum_), stats[2] = float(most), stats[3] = sloped;
+    stats[kRest] = by_sparsity;
   }
-  emit_scaled(g, l, sum_);
 }
 
 void weighted_back(const RowCall& g, const BackLine& l, const Buffers& t) {
-  const float* stats = g.stats + l.row * kStats;
+  const float* stats = stats_of(g, l.row);
   const float mean = float(mean_gradient(l)), factor = stats[1];
   const bool single = stats[2] == 1.0f;
-  if (stats[4] == 0.0f) {
+  if (stats[3] == 0.0f) {
     for (int64_t j = 0; j < l.width; j += W) store(l.dx + j, product(load(l.p + j), load(l.g + j) - mean));
     if (g.grad_value) g.grad_value[l.row] = 0.0f;
     return;
   }
   const float* x = as_floats(g, g.x, g.type, l.row, t.s);
-  const float peak = stats[3];
+  const float peak = stats[kTop];
   // what the w of all entries but the largest pulls, and of the largest; one alone has a constant w, and gives the rest
   double top_pull = 0;
   const double pull = total(l.width, [&](int64_t j) {
@@ -249,7 +290,7 @@ void weighted_back(const RowCall& g, const BackLine& l, const Buffers& t) {
       if (count(top)) store(l.dx + j, load(l.dx + j) + (top ? factor * (load(l.g + j) - mean) - mean_pull : vf{}));
     }
   }
-  if (g.grad_value) g.grad_value[l.row] = float((pull + top_pull) * stats[5]);
+  if (g.grad_value) g.grad_value[l.row] = float((pull + top_pull) * stats[kRest]);
 }
 
 void rsoftmax_row(const RowCall& g, const Line& l, const Buffers& t) {

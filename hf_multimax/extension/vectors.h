@@ -206,6 +206,20 @@ inline int compress(float* to, vf v, vi lanes) {
 #endif
 }
 
+// Transposes W vectors of W floats by log2(W) perfect shuffles.
+inline void transpose(vf* rows) {
+  vi low, high;
+  for (int i = 0; i < W; ++i) low[i] = i / 2 + (i % 2) * W, high[i] = low[i] + W / 2;
+  for (int step = 1; step < W; step *= 2) {
+    vf next[W];
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + W / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + W / 2], high);
+    }
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------- storage
 
 inline float half_to_float(uint16_t h) {

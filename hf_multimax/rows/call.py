@@ -18,7 +18,7 @@ KINDS = (
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_ORDER = 16
 #: floats that the forward pass leaves to the backward pass for every row
-STATS = 6
+STATS = 8
 #: scores that a thread takes at a time, and below which one thread is faster than several
 ITEM, SEVERAL_THREADS = 1 << 13, 1 << 15
 _POINTERS = (

@@ -18,7 +18,7 @@ VIEWS = ("q", "k", "v", "out", "grad_out", "bias", "mask", "grad_k", "grad_v")
 VIEW_WORDS = 6  # data, four strides, type
 POINTERS = (
     "out32", "top", "total", "peak", "delta", "grad_q", "grad_bias", "grad_ranges", "grad_ts", "grad_affine", "sums",
-    "ranges", "ts", "affine", "sinks", "value", "beta", "gamma", "grad_value", "grad_beta", "grad_gamma",
+    "ranges", "ts", "affine", "sinks", "value", "beta", "gamma", "stats", "grad_value", "grad_beta", "grad_gamma",
 )  # fmt: skip
 STRIDES = "grad_bias_stride"
 INTEGERS = (

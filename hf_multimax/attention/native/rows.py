@@ -1,7 +1,8 @@
 """Attention on CPUs through the compiled functions of rows, by ``hf_multimax/extension/row_attention.h``.
 
 A thread takes a block of query rows, whose scores stay in its cache until they are weights; the keys that no row of the
-block gives weight cost nothing more. The backward pass computes the weights anew, so nothing is kept for it.
+block gives weight cost nothing more. The backward pass computes the weights anew, from a few numbers of every row, such
+as its threshold, which are all that is kept for it.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from hf_multimax.attention.native.conditions import unseen, unsupported_tensors
 from hf_multimax.attention.native.packed import Packed, dense_rows, parameter
 from hf_multimax.attention.operators import fitted
 from hf_multimax.attention.schema import LIBRARY, arguments_of, define
-from hf_multimax.rows.call import KINDS
+from hf_multimax.rows.call import KINDS, STATS
 from hf_multimax.rows.function import Rowwise
 
 __all__ = ["rowwise_attention", "rowwise_unsupported"]
@@ -57,11 +58,11 @@ def rowwise_attention(rows: Rowwise, call: Call) -> Tensor:
     options = (_of_heads(option, heads, call.q) for option in (chosen.value, chosen.beta, chosen.gamma))
     function = _Function(*options, KINDS.index(chosen.kind), float(chosen.a), float(chosen.b))
     arguments = (*function, *seeded(call))
-    if not unseen(call.q, call.k, call.v):
-        return _forward_op(*arguments)
     tensors = (*function[:_TENSORS], *call.differentiable)
     trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _Attention.apply(*arguments) if trains else _forward(*arguments)
+    if not unseen(call.q, call.k, call.v):
+        return _training_op(*arguments)[0] if trains else _inference_op(*arguments)
+    return _Attention.apply(*arguments) if trains else _inference(*arguments)
 
 
 def _of_heads(option: float | Tensor | None, heads: int, like: Tensor) -> Tensor | None:
@@ -90,18 +91,37 @@ def _output(*arguments: Any) -> Tensor:
     return call.v.new_empty((*call.q.shape[:3], call.v.shape[3]))
 
 
-def _forward(*arguments: Any) -> Tensor:
-    function, call = _split(arguments)
+def _outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The result and what every row leaves to the backward pass."""
     out = _output(*arguments)
-    if not out.numel() or not call.k.numel():
-        return out.zero_()
-    packed = _packed(function, call)
-    packed.views(out=out)
-    packed.run("row_attention_forward")
+    return out, torch.empty((*out.shape[:3], STATS), dtype=torch.float32, device=out.device)
+
+
+def _inference(*arguments: Any) -> Tensor:
+    out = _output(*arguments)
+    _compute(arguments, out, None)
     return out
 
 
-def _gradients(grad_out: Tensor, *arguments: Any) -> list[Tensor | None]:
+def _training(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, stats = _outputs(*arguments)
+    _compute(arguments, out, stats)
+    return out, stats
+
+
+def _compute(arguments: Sequence[Any], out: Tensor, stats: Tensor | None) -> None:
+    function, call = _split(arguments)
+    if not out.numel() or not call.k.numel():
+        out.zero_()
+        return
+    packed = _packed(function, call)
+    packed.views(out=out)
+    if stats is not None:
+        packed.pointers(stats=stats)
+    packed.run("row_attention_forward")
+
+
+def _gradients(grad_out: Tensor, stats: Tensor, *arguments: Any) -> list[Tensor | None]:
     """The gradients of the tensors that may need some, None for those that do not; ``needed`` is the last argument."""
     function, call = _split(arguments[:-1])
     needed = arguments[-1]
@@ -114,6 +134,7 @@ def _gradients(grad_out: Tensor, *arguments: Any) -> list[Tensor | None]:
     packed = _packed(function, call)
     splits = _splits(packed, call.bias if wanted["bias"] else None)
     packed.set(splits=splits)
+    packed.pointers(stats=stats)
     packed.views(grad_out=dense_rows(grad_out))
     q, k, v = call.q, call.k, call.v
     grad_q = q.new_empty(q.shape, dtype=torch.float32) if wanted["q"] else None
@@ -156,8 +177,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        _save(ctx, arguments, None)
-        return _forward(*arguments)
+        output = _training(*arguments)
+        _save(ctx, arguments, output)
+        return output[0]
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -166,17 +188,17 @@ class _Attention(torch.autograd.Function):
 
 def _save(ctx, inputs, output) -> None:
     function, call = _split(inputs)
-    ctx.save_for_backward(*function[:_TENSORS], *call[: DIFFERENTIABLE + 1])
+    ctx.save_for_backward(output[1], *function[:_TENSORS], *call[: DIFFERENTIABLE + 1])
     ctx.options = function[_TENSORS:], call[DIFFERENTIABLE + 1 :]
 
 
 def _differentiate(ctx, grad_out, backward) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("native")
-    saved, (of_function, of_call) = ctx.saved_tensors, ctx.options
+    (stats, *saved), (of_function, of_call) = ctx.saved_tensors, ctx.options
     arguments = (*saved[:_TENSORS], *of_function, *saved[_TENSORS:], *of_call)
     needed = [ctx.needs_input_grad[i] for i in _NEEDED]
     grads = [None] * len(arguments)
-    for i, wanted, grad in zip(_NEEDED, needed, backward(grad_out, *arguments, needed)):
+    for i, wanted, grad in zip(_NEEDED, needed, backward(grad_out, stats, *arguments, needed)):
         grads[i] = grad if wanted else None
     return tuple(grads)
 
@@ -185,22 +207,23 @@ def _run_backward(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
     return [grad_out.new_empty(0) if x is None else x for x in _gradients(grad_out, *arguments)]
 
 
-def _fake_backward(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
+def _fake_backward(grad_out: Tensor, stats: Tensor, *arguments: Any) -> list[Tensor]:
     needed, inputs = arguments[-1], [arguments[i] for i in _NEEDED]
     return [x.new_empty(x.shape) if wanted else grad_out.new_empty(0) for x, wanted in zip(inputs, needed)]
 
 
 _ARGUMENTS = f"{arguments_of(_Function)}, {arguments_of(Call)}"
-_forward_op = define(f"native_row_attention({_ARGUMENTS}) -> Tensor", _forward, _output, "CPU")
+_inference_op = define(f"native_row_attention({_ARGUMENTS}) -> Tensor", _inference, _output, "CPU")
+_training_op = define(f"native_row_attention_training({_ARGUMENTS}) -> (Tensor, Tensor)", _training, _outputs, "CPU")
 _backward_op = define(
-    f"native_row_attention_backward(Tensor grad_out, {_ARGUMENTS}, bool[] needed) -> Tensor[]",
+    f"native_row_attention_backward(Tensor grad_out, Tensor stats, {_ARGUMENTS}, bool[] needed) -> Tensor[]",
     _run_backward,
     _fake_backward,
     "CPU",
 )
 torch.library.register_autograd(
-    "hf_multimax::native_row_attention",
-    lambda ctx, grad_out: _differentiate(ctx, grad_out, _backward_op),
+    "hf_multimax::native_row_attention_training",
+    lambda ctx, grad_out, _: _differentiate(ctx, grad_out, _backward_op),
     setup_context=_save,
     lib=LIBRARY,
 )
