@@ -75,7 +75,7 @@ def test_short_rows_whose_thresholds_are_found_together(name, length):
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("keys", [20, 300])
 def test_the_backward_pass_has_the_weights_of_the_forward(name, keys):
-    """With the identity for v the result is the weights, and so is the gradient of v where that of the result is one."""
+    """With the identity for v the result is the weights, as is the gradient of v where that of the result is one."""
     options = {"k": 3} if name == "topk_softmax" else {"t": 2.0} if name == "tsoftmax" else {}
     tensors = {**tensors_of(1, 2, keys, dim=keys), "v": torch.eye(keys).expand(1, 2, keys, keys).clone()}
     tensors["k"][:, :, 1] = tensors["k"][:, :, 0]  # ties
