@@ -118,8 +118,7 @@ void dropout_row(const Arguments& g, int64_t head, int64_t i, int64_t key, int64
   const uint32_t first = uint32_t(state), second = uint32_t(state >> 32);
   const uint32_t limit = uint32_t(std::min(g.dropout * 4294967296.0, 4294967295.0));
   const float kept = float(1.0 / (1.0 - g.dropout));
-  vu lane;
-  for (int l = 0; l < W; ++l) lane[l] = uint32_t(key + l);
+  const vu lane = bits<vu>(lane_numbers()) + uint32_t(key);
   for (int64_t j = 0; j < n; j += W) {
     vu x = (lane + uint32_t(j)) * 0x9e3779b9u + first;
     x = (x ^ (x >> 16)) * 0x7feb352du;

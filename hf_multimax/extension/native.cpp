@@ -123,8 +123,8 @@ struct Peak {
   float top, score;
 };
 
-// Scores -> modulated and masked scores in place
-template <int ORDER>
+// Scores -> modulated and masked scores in place; SCORE: whether anybody wants the peak's
+template <int ORDER, bool SCORE>
 Peak modulate_row(const Modulator& m, const float* mask, int64_t n, float* s) {
   const Modulator local = m;
   vf top = splat(-kInfinity), score{};
@@ -136,18 +136,17 @@ Peak modulate_row(const Modulator& m, const float* mask, int64_t n, float* s) {
       y = a == -kInfinity ? a : y + a;
     }
     y = x <= kMasked ? splat(-kInfinity) : y;
-    const vi better = y > top;
-    top = better ? y : top;
-    score = better ? x : score;
+    if (SCORE) score = y > top ? x : score;
+    top = max(y, top);
     store(s + j, y);
   }
-#pragma GCC unroll 4
-  for (int step = W / 2; step; step /= 2) {
-    const vf other = swapped(top, step), its_score = swapped(score, step);
+  if (!SCORE) return {largest(top), 0.0f};
+  reduce([&](auto step) {
+    const vf other = swapped<step>(top), its_score = swapped<step>(score);
     const vi better = other > top;
     top = better ? other : top;
     score = better ? its_score : score;
-  }
+  });
   return {top[0], score[0]};
 }
 
@@ -190,7 +189,8 @@ void forward_row(const Arguments& g, const Modulator& m, const RowBuffers& buffe
   if (n > 0) {
     prepare_row(g, m, buffers, b, h, row, first, n, s);
     if (g.mask.data) mask_row(g, b, h, row, first, n, buffers.mask);
-    auto [best, score] = modulate_row<ORDER>(m, g.mask.data ? buffers.mask : nullptr, n, s);
+    const float* mask = g.mask.data ? buffers.mask : nullptr;
+    auto [best, score] = g.peak ? modulate_row<ORDER, true>(m, mask, n, s) : modulate_row<ORDER, false>(m, mask, n, s);
     // A maximum skips NaN. Without anything else in the row, NaN must not pass for an empty row.
     if (!(best > -kInfinity) && has_nan(s, n)) best = std::numeric_limits<float>::quiet_NaN();
     const float next = best <= top ? top : best;
@@ -555,6 +555,20 @@ void backward(Arguments g) {
   if (g.grad_affine) add_up(g, 4 * g.order, 2, g.affine_stride, g.grad_affine);
 }
 
+// Whether sigma is the identity for every head, as at the start of training, or for SoftMax with a temperature
+bool is_softmax(const Arguments& g) {
+  const int64_t heads = g.parameter_stride ? g.heads : 1;
+  for (int64_t i = 0; i < heads * 2 * g.order; ++i) {
+    if (g.ts[i] != 0.0f || g.ranges[i] != g.ranges[i]) return false;
+  }
+  return true;
+}
+
+Arguments without_terms(Arguments g) {
+  g.order = 0;
+  return g;
+}
+
 }  // namespace
 
 extern "C" {
@@ -564,12 +578,14 @@ int64_t multimax_arguments_size() { return sizeof(Arguments); }
 int64_t multimax_max_order() { return kMaxOrder; }
 
 void multimax_forward(const Arguments* g) {
+  if (is_softmax(*g)) return forward<0>(without_terms(*g));
   if (g->order == 1) return forward<1>(*g);
   if (g->order == 2) return forward<2>(*g);
   forward<0>(*g);
 }
 
 void multimax_backward(const Arguments* g) {
+  if (is_softmax(*g) && !g->grad_ranges) return backward<0>(without_terms(*g));
   if (g->order == 1) return backward<1>(*g);
   if (g->order == 2) return backward<2>(*g);
   backward<0>(*g);

@@ -136,19 +136,24 @@ void multiply(int64_t m, int64_t n, int64_t inner, float alpha, Matrix a, const 
   }
 }
 
-// scores[j] = alpha q . k_j: one query row is a stream over the keys, which a matrix product does not do well
+// scores[j] = alpha q . k_j: one query row is a stream over the keys, which a matrix product does not do well. Some keys
+// at a time, as each sum across a vector waits for its last step.
 void dot_rows(const float* q, Matrix k, int64_t n, int64_t dim, float alpha, float* scores) {
-  for (int64_t j = 0; j < n; ++j) {
-    const float* row = k.data + j * k.stride;
-    vf a{}, b{};
+  constexpr int64_t kKeys = 4;
+  for (int64_t j = 0; j < n; j += kKeys) {
+    const float* rows[kKeys];
+    for (int64_t r = 0; r < kKeys; ++r) rows[r] = k.data + std::min(j + r, n - 1) * k.stride;
+    vf sums[kKeys] = {};
     int64_t d = 0;
-    for (; d + 2 * W <= dim; d += 2 * W) {
-      a += load(q + d) * load(row + d);
-      b += load(q + d + W) * load(row + d + W);
+    for (; d + W <= dim; d += W) {
+      const vf x = load(q + d);
+      for (int64_t r = 0; r < kKeys; ++r) sums[r] = fused(x, load(rows[r] + d), sums[r]);
     }
-    float s = sum(a + b);
-    for (; d < dim; ++d) s += q[d] * row[d];
-    scores[j] = alpha * s;
+    for (int64_t r = 0; r < std::min(kKeys, n - j); ++r) {
+      float s = sum(sums[r]);
+      for (int64_t i = d; i < dim; ++i) s += q[i] * rows[r][i];
+      scores[j + r] = alpha * s;
+    }
   }
 }
 

@@ -229,8 +229,7 @@ inline bool may_skip(const Arguments& g) {
 int64_t weighed(const Arguments& g, const BlockBuffers& t, int64_t rows, int64_t keys) {
   if (!may_skip(g)) return keys;
   int64_t m = 0;
-  vi place;
-  for (int l = 0; l < W; ++l) place[l] = l;
+  const vi place = lane_numbers();
   for (int64_t j = 0; j < keys; j += W) {
     vi any = {};
     for (int64_t i = 0; i < rows; ++i) any |= load(t.p + i * t.width + j) != 0.0f;

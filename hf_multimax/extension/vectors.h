@@ -3,11 +3,13 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
@@ -91,16 +93,41 @@ inline float fused(float a, float b, float c) {
 
 inline vf relu(vf a) { return max(a, vf{}); }
 
-// Lane i of the result is lane i ^ step: for reductions in log2(W) steps, without branches on the data.
-inline vf swapped(vf v, int step) {
-  vi lanes;
-  for (int i = 0; i < W; ++i) lanes[i] = i ^ step;
-  return __builtin_shuffle(v, lanes);
+// A number for each lane, as a constant: compilers would put one together lane by lane, each time anew
+template <class F>
+constexpr std::array<int32_t, W> lanes(F f) {
+  std::array<int32_t, W> numbers{};
+  for (int i = 0; i < W; ++i) numbers[i] = f(i);
+  return numbers;
+}
+
+inline vi load(const std::array<int32_t, W>& numbers) {
+  vi v;
+  std::memcpy(&v, numbers.data(), sizeof v);
+  return v;
+}
+
+inline vi lane_numbers() {
+  static constexpr auto kNumbers = lanes([](int i) { return i; });
+  return load(kNumbers);
+}
+
+// Lane i of the result is lane i ^ STEP
+template <int STEP>
+inline vf swapped(vf v) {
+  static constexpr auto kOthers = lanes([](int i) { return i ^ STEP; });
+  return __builtin_shuffle(v, load(kOthers));
+}
+
+// log2(W) steps that join the halves of what is left: f(step)
+template <int STEP = W / 2, class F>
+inline void reduce(F f) {
+  f(std::integral_constant<int, STEP>());
+  if constexpr (STEP > 1) reduce<STEP / 2>(f);
 }
 
 inline float sum(vf v) {
-#pragma GCC unroll 4
-  for (int step = W / 2; step; step /= 2) v += swapped(v, step);
+  reduce([&](auto step) { v += swapped<step>(v); });
   return v[0];
 }
 
@@ -171,8 +198,7 @@ inline vf sqrt_(vf x) {
 }
 
 inline float largest(vf v) {
-#pragma GCC unroll 4
-  for (int step = W / 2; step; step /= 2) v = max(v, swapped(v, step));
+  reduce([&](auto step) { v = max(v, swapped<step>(v)); });
   return v[0];
 }
 
@@ -208,8 +234,8 @@ inline int compress(float* to, vf v, vi lanes) {
 
 // Transposes W vectors of W floats by log2(W) perfect shuffles.
 inline void transpose(vf* rows) {
-  vi low, high;
-  for (int i = 0; i < W; ++i) low[i] = i / 2 + (i % 2) * W, high[i] = low[i] + W / 2;
+  static constexpr auto kLow = lanes([](int i) { return i / 2 + i % 2 * W; });
+  const vi low = load(kLow), high = low + W / 2;
   for (int step = 1; step < W; step *= 2) {
     vf next[W];
     for (int i = 0; i < W / 2; ++i) {

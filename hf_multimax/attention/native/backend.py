@@ -21,7 +21,7 @@ __all__ = ["attention", "available", "reason", "rowwise_attention", "rowwise_uns
 
 MAX_ORDER = 16
 #: query rows of a forward block, each of which packs the keys anew, and the step that fills register tiles
-ROW_BLOCK, SMALLEST_ROW_BLOCK, ROW_STEP = 240, 16, 24
+ROW_BLOCK, SMALLEST_ROW_BLOCK, ROW_STEP = 1024, 16, 24
 #: keys below which splitting them over threads costs more than it gains
 SMALLEST_SPLIT = 256
 
