@@ -58,8 +58,10 @@ def check(seed: int, only: str | None = None) -> None:
     for what, found in ours.items():
         reference, rounding = exact[what], torch.finfo(found.dtype).eps
         error, theirs, move = ((x.double() - reference).abs().max().item() for x in (found, plain[what], moved[what]))
-        # an option's gradient is a sum over the rows; what r-softmax passes to the largest score, over the keys
-        summed = tensors.get(what, grad).ndim < 4 or name in ("rsoftmax", "tsoftmax")
+        # the gradient of an option, or of a bias that rows share, is a sum over the rows; what r-softmax passes to the
+        # largest score, over the keys
+        shared = what == "bias" and found.numel() < grad.shape[:3].numel() * tensors["k"].shape[2]
+        summed = shared or tensors.get(what, grad).ndim < 4 or name in ("rsoftmax", "tsoftmax")
         size = max(reference.abs().max().item(), 1.0 if summed else 0.1)
         allowed = 4 * (theirs + move) + 8 * rounding * size
         assert error <= allowed, f"{what} errs by {error:.3g}, allowed are {allowed:.3g}: {text}"

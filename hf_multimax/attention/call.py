@@ -66,6 +66,9 @@ class Features(TypedDict, total=False):
     sinks: Tensor | None
 
 
+_FEATURES = frozenset(Features.__annotations__)
+
+
 def make_call(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor | None, ts: Tensor | None, **features: object) -> Call:
     """``dropout(softmax(mask(sigma(softcap(q k^T * scale) + bias)))) v`` (paper, section 4), as a checked call.
 
@@ -94,8 +97,8 @@ def make_call(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor | None, ts: Tensor
         ValueError: for shapes that do not fit, and causal or window with more queries than keys; the text names the
             argument. TypeError: for types that do not fit, or an unknown feature.
     """
-    unknown = features.keys() - Features.__annotations__.keys()
-    if unknown:
+    if not features.keys() <= _FEATURES:
+        unknown = features.keys() - _FEATURES
         raise TypeError(f"attention has no argument {min(unknown)!r}; there are {', '.join(Features.__annotations__)}")
     get = features.get
     affine, scale, window, softcap = get("affine"), get("scale"), get("window"), get("softcap")
@@ -175,10 +178,12 @@ def _check_modulator(ranges: torch.Size, ts: torch.Size, heads: int) -> None:
 
 def check_number(name: str, value: object, integer: bool = False) -> None:
     """Raise TypeError unless ``value`` is None or a number."""
+    if value is None or type(value) is float and not integer or type(value) is int:
+        return
     # NumPy's numbers too, and tensors of one: some models scale by a parameter of theirs
     symbolic = (torch.SymInt,) if integer else (torch.SymInt, torch.SymFloat)
     number = isinstance(value, symbolic) or hasattr(value, "__index__" if integer else "__float__")
-    if value is not None and (isinstance(value, bool) or not number):
+    if isinstance(value, bool) or not number:
         raise TypeError(f"{name} must be {'an integer' if integer else 'a number'} or None, got {value!r}")
 
 

@@ -11,7 +11,7 @@ def differentiated_by_functions() -> bool:
 
     Compiled code answers no: what is traced there is differentiated as usual.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return False
     return any(level.key() != _functorch.TransformType.Vmap for level in _functorch.get_interpreter_stack() or ())
 

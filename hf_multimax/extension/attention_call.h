@@ -33,7 +33,7 @@ struct Arguments {
   const float* value;   // options of a function of rows, [heads], null where it has none; see RowCall
   const float* beta;
   const float* gamma;
-  float* stats;         // [batch, heads, rows, kStats] of rows.h: what the forward of a function leaves to the backward
+  float* stats;         // [batch, heads, rows, stats_size(kind)]: what the forward of a row leaves to the backward, see rows.h
   float* grad_value;    // [batch, heads, rows], null where not wanted
   float* grad_beta;
   float* grad_gamma;

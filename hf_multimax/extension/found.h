@@ -4,6 +4,7 @@
 #pragma once
 
 #include "asentmax.h"
+#include "structured.h"
 
 namespace {
 
@@ -84,7 +85,8 @@ bool weigh_found(const RowCall& g, const float* stats, float* s) {
       weigh_entmax(s, g.n, stats, steepness(g, 0));
       return true;
     }
-    default: return false;  // multimax has no such numbers; fusedmax and oscarmax need their groups, too
+    case kFusedMax: weigh_pieces(g, stats, s); return true;
+    default: return false;  // multimax leaves no such numbers; oscarmax's groups are not a few places
   }
 }
 

@@ -186,7 +186,7 @@ void fill_row(const Arguments& g, const RowsOfHead& r, const BlockBuffers& t, in
 }
 
 inline float* stats_of(const Arguments& g, const RowsOfHead& r, int64_t i) {
-  return g.stats ? g.stats + (((r.b * g.heads + r.h) * g.rows) + r.row + i) * kStats : nullptr;
+  return g.stats ? g.stats + ((r.b * g.heads + r.h) * g.rows + r.row + i) * stats_size(g.kind) : nullptr;
 }
 
 // The weights of a block in t.p; the backward wants them without dropout. It has the forward's numbers of the rows, and

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "found.h"
-#include "structured.h"
 
 namespace {
 

@@ -18,6 +18,7 @@ constexpr float kMost = std::numeric_limits<float>::max();
 // of in one pass over the scores, and whether these are there.
 enum Stat { kOwn = 0, kTop = 4, kFactor = 5, kRest = 6, kFound = 7 };
 constexpr int64_t kStats = 8;
+constexpr int64_t kPieces = 16, kOfPiece = 3;  // of fusedmax, where they are not more: first place, last place, weight
 
 }  // namespace
 
@@ -100,7 +101,9 @@ Buffers buffers(int64_t n, bool structured) {
 }
 
 // A row's numbers for its backward; null where nobody wants them
-inline float* stats_of(const RowCall& g, int64_t row) { return g.stats ? g.stats + row * kStats : nullptr; }
+inline int64_t stats_size(int64_t kind) { return kind == kFusedMax ? kStats + kPieces * kOfPiece : kStats; }
+
+inline float* stats_of(const RowCall& g, int64_t row) { return g.stats ? g.stats + row * stats_size(g.kind) : nullptr; }
 
 inline void leave(float* stats, float top, float factor, float rest) {
   if (stats) stats[kTop] = top, stats[kFactor] = factor, stats[kRest] = rest, stats[kFound] = 1.0f;

@@ -8,6 +8,10 @@ namespace {
 
 // The places that a row keeps, in order; their number
 int64_t kept_places(const Line& l, int32_t* places) {
+  if (l.kept == l.n) {
+    for (int64_t j = 0; j < l.n; ++j) places[j] = int32_t(j);
+    return l.n;
+  }
   int64_t m = 0;
   for (int64_t j = 0; j < l.n; ++j) {
     places[m] = int32_t(j);
@@ -75,23 +79,66 @@ void total_variation(const float* y, int64_t m, double lam, double* sums, int32_
 // sparsemax of the m values z at places; the other entries of the row are 0. Groups without weight get -1.
 void emit_sparsemax(const RowCall& g, const Line& l, const Buffers& t, const double* z, const int32_t* places,
                     const int32_t* group, int64_t m) {
-  double top = z[0];
-  for (int64_t i = 1; i < m; ++i) top = std::max(top, z[i]);
-  int64_t few = 0;
-  for (int64_t i = 0; i < m; ++i) {
-    t.b[few] = float(z[i] - top);
-    few += t.b[few] > -1.0f;
+  vd tops = vd{} + z[0];
+  for (int64_t i = 0; i + kHalf_ <= m; i += kHalf_) {
+    vd x;
+    std::memcpy(&x, z + i, sizeof x);
+    tops = x > tops ? x : tops;
   }
-  for (int64_t i = few; i < few + W; ++i) t.b[i] = -kInfinity;
+  double top = tops[0];
+  for (int i = 1; i < kHalf_; ++i) top = std::max(top, tops[i]);
+  for (int64_t i = m / kHalf_ * kHalf_; i < m; ++i) top = std::max(top, z[i]);
+  for (int64_t i = 0; i < m; ++i) t.a[i] = float(z[i] - top);
+  for (int64_t i = m; i < whole(m); ++i) t.a[i] = -kInfinity;
+  int64_t few = 0;
+  for (int64_t i = 0; i < m; i += W) few += compress(t.b + few, load(t.a + i), load(t.a + i) > -1.0f);
+  store(t.b + few, splat(-kInfinity));
   const double tau = sparsemax_threshold(t.b, few);
-  std::fill(l.s, l.s + l.width, 0.0f);
-  for (int64_t i = 0; i < m; ++i) l.s[places[i]] = float(std::max(float(z[i] - top) - tau, 0.0));
+  float* p = m == l.n ? l.s : t.a;
+  for (int64_t i = 0; i < m; ++i) p[i] = float(std::max(t.a[i] - tau, 0.0));
+  if (m < l.n) {
+    std::fill(l.s, l.s + l.width, 0.0f);
+    for (int64_t i = 0; i < m; ++i) l.s[places[i]] = p[i];
+  }
   if (g.groups) {
     int32_t* to = g.groups + l.row * l.n;
     std::fill(to, to + l.n, -1);
     for (int64_t i = 0; i < m; ++i) to[places[i]] = group[i];
   }
   emit(g, l, [](vf x) { return x; });
+}
+
+// The pieces of m kept entries that have weight, each at its places, for the backward
+void leave_pieces(const RowCall& g, const Line& l, const int32_t* places, const int32_t* group, int64_t m) {
+  float* stats = stats_of(g, l.row);
+  if (!stats) return;
+  int64_t pieces = 0;
+  for (int64_t i = 0, end; i < m; i = end) {
+    for (end = i + 1; end < m && group[end] == group[i];) ++end;
+    const float p = l.s[places[i]];
+    if (!(p > 0.0f)) continue;
+    if (pieces == kPieces) return;
+    float* piece = stats + kStats + pieces++ * kOfPiece;
+    piece[0] = float(places[i]), piece[1] = float(places[end - 1]), piece[2] = p;
+  }
+  stats[kOwn] = float(pieces), stats[kFound] = l.n < 1 << 24;  // places are exact up to there
+}
+
+// Scores -> weights in place, and the entries' groups
+void weigh_pieces(const RowCall& g, const float* stats, float* s) {
+  int64_t j = 0;
+  if (g.groups) std::fill(g.groups, g.groups + g.n, -1);
+  for (int64_t i = 0; i < int64_t(stats[kOwn]); ++i) {
+    const float* piece = stats + kStats + i * kOfPiece;
+    const int64_t first = int64_t(piece[0]), last = int64_t(piece[1]);
+    std::fill(s + j, s + first, 0.0f);
+    for (j = first; j <= last; ++j) {
+      const bool kept = s[j] > kMasked;
+      s[j] = kept ? piece[2] : 0.0f;
+      if (g.groups && kept) g.groups[j] = int32_t(i);
+    }
+  }
+  std::fill(s + j, s + g.n, 0.0f);
 }
 
 void fusedmax_row(const RowCall& g, const Line& l, const Buffers& t) {
@@ -103,13 +150,16 @@ void fusedmax_row(const RowCall& g, const Line& l, const Buffers& t) {
       std::fill(to, to + l.n, -1);
       for (int64_t i = 0; i < m; ++i) to[t.i[i]] = int32_t(i);
     }
-    return sparsemax_row(g, l, t);
+    sparsemax_row(g, l, t);
+    if (float* stats = stats_of(g, l.row)) stats[kFound] = 0.0f;  // these numbers are not of pieces
+    return;
   }
   const int64_t m = kept_places(l, t.i);
   for (int64_t i = 0; i < m; ++i) t.a[i] = std::max(l.s[t.i[i]] - l.peak, least);
   int32_t *lower = t.j, *upper = reinterpret_cast<int32_t*>(t.keys), *group = t.k;
   total_variation(t.a, m, g.a, t.d, lower, upper, t.e, group);
   emit_sparsemax(g, l, t, t.e, t.i, group, m);
+  leave_pieces(g, l, t.i, group, m);
 }
 
 // Sorts by the upper 32 bits, of which 31 are used, in three passes of 11 bits; equal ones stay in order.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_multimax.extension.library import load
 
-__all__ = ["KINDS", "MAX_ORDER", "STATS", "TYPES", "RowCall", "items_of", "run"]
+__all__ = ["KINDS", "MAX_ORDER", "STATS", "TYPES", "RowCall", "items_of", "run", "stats_size"]
 
 #: ``Kind`` of rows.h, in its order
 KINDS = (
@@ -66,6 +66,11 @@ class Items(NamedTuple):
     head_rows: int
     item_rows: int
     items: int
+
+
+def stats_size(kind: int) -> int:
+    """``STATS``, and what the pieces of fusedmax take in attention: as in ``rows.h``."""
+    return STATS + 48 if KINDS[kind] == "fusedmax" else STATS
 
 
 def items_of(shape: torch.Size, heads: int) -> Items:

@@ -17,7 +17,7 @@ from hf_multimax.attention.native.conditions import unseen, unsupported_tensors
 from hf_multimax.attention.native.packed import Packed, dense_rows, parameter
 from hf_multimax.attention.operators import fitted
 from hf_multimax.attention.schema import LIBRARY, arguments_of, define
-from hf_multimax.rows.call import KINDS, STATS
+from hf_multimax.rows.call import KINDS, stats_size
 from hf_multimax.rows.function import Rowwise
 
 __all__ = ["rowwise_attention", "rowwise_unsupported"]
@@ -93,8 +93,8 @@ def _output(*arguments: Any) -> Tensor:
 
 def _outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The result and what every row leaves to the backward pass."""
-    out = _output(*arguments)
-    return out, torch.empty((*out.shape[:3], STATS), dtype=torch.float32, device=out.device)
+    out, size = _output(*arguments), stats_size(_split(arguments)[0].kind)
+    return out, torch.empty((*out.shape[:3], size), dtype=torch.float32, device=out.device)
 
 
 def _inference(*arguments: Any) -> Tensor:
