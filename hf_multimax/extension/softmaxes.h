@@ -52,6 +52,36 @@ void sigmoid_back(const BackLine& l) {
   }
 }
 
+// max(e^x - 1, 0) / (sum |e^x - 1| + eps), over e^m with m = max(peak, 0). Stats: m, the denominator.
+void softpick_row(const RowCall& g, const Line& l) {
+  const float most = std::max(l.peak, 0.0f), one = std::exp(-most);
+  const double sum_ = total(l.width, [&](int64_t j) {
+    const vf x = load(l.s + j);
+    const vi near = (x < 1.0f) & (x > -1.0f);  // where e^x - 1 would lose digits
+    vf power;
+    const vf r = exp_parts(max(splat(-88.0f), near ? x : x - most), power);
+    const vf excess = x == -kInfinity ? vf{} : near ? (r * power + (power - 1.0f)) * one : r * power + power - one;
+    store(l.s + j, excess);
+    return max(excess, -excess);
+  });
+  const float denominator = float(sum_ + g.a), below = denominator > 0.0f ? denominator : 1.0f;
+  if (g.stats) g.stats[l.row * kStats] = most, g.stats[l.row * kStats + 1] = below;
+  emit(g, l, [&](vf excess) { return relu(excess) / below; });
+}
+
+void softpick_back(const RowCall& g, const BackLine& l, const Buffers& t) {
+  const float most = g.stats[l.row * kStats], factor = 1.0f / g.stats[l.row * kStats + 1];
+  const float mean = float(mean_gradient(l));
+  const float* scores = as_floats(g, g.x, g.type, l.row, t.s);
+  for (int64_t j = 0; j < l.width; j += W) {
+    const vf x = load(scores + j), slope = exp_(x - most) * factor;
+    const vf by_excess = x > 0.0f ? load(l.g + j) - mean : x < 0.0f ? splat(mean) : vf{};
+    store(l.dx + j, slope == 0.0f ? vf{} : slope * by_excess);
+  }
+  const unsigned char* keep = mask_of(g, l.row, t.mask);
+  for (int64_t j = 0; keep && j < l.n; ++j) l.dx[j] = keep[j] ? l.dx[j] : 0.0f;
+}
+
 // SoftMax of scale (x - peak), where the scale may be 0 or negative
 void scaled_row(const RowCall& g, const Line& l, float scale) {
   const float peak = l.peak;
