@@ -1,6 +1,8 @@
 """asentmax with ``scaling="adapt"``: factors of the scores from the queries, in attention and in patched models."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -127,6 +129,21 @@ def test_identity_begins_as_softmax_and_leaves_it(chosen):
     assert relative_error(out, expected) < RELATIVE[torch.float32]
     grads = torch.autograd.grad(out.square().sum(), list(module.parameters()))
     assert len(grads) == 3 and all(grad.abs().amax(-1).min() > 0 for grad in grads)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_model_begins_as_the_stock_one(name):
+    stock = make(name)
+    batch = inputs_for(stock)
+    model = patch_model(make(name), normalizer="asentmax", normalizer_kwargs={**ADAPT, "init": "identity"})
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, stock(**batch).logits)
+        for parameter in multimax_parameters(model).values():
+            parameter.normal_(std=0.3)
+        left = model(**batch).logits
+        assert not torch.allclose(left, stock(**batch).logits, atol=1e-4)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copied(**batch).logits, left)
 
 
 @pytest.mark.parametrize("name", TRAINED)
