@@ -10,7 +10,9 @@ from torch.nn.functional import softplus
 
 from hf_multimax import MultiMaxConfig, backend, build_normalizer, multimax_parameters, normalize, patch_model
 from hf_multimax.attention import choose
+from hf_multimax.attention.call import make_call
 from hf_multimax.attention.interface import scaled_dot_product_multimax
+from hf_multimax.attention.scaled import visible_keys
 from hf_multimax.diagnostics import measure_model
 from hf_multimax.extension.library import load
 from hf_multimax.normalizers.annealing import set_share
@@ -285,6 +287,19 @@ def test_without_queries_it_is_refused():
     name = next(name for name in OUTSIDE if name.endswith("ForCausalLM"))
     with pytest.raises(ValueError, match=r"outside Transformers' AttentionInterface.*exclude"):
         patch_model(zoo_model(name), normalizer="asentmax", normalizer_kwargs=ADAPT)
+
+
+@pytest.mark.parametrize("features", [{}, {"causal": True}, {"window": 3}, {"causal": True, "window": 3}])
+@pytest.mark.parametrize("keys", [7, 12])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_query_counts_the_keys_that_it_sees(features, keys, masked):
+    keep = torch.rand(2, 1, 1, keys) < 0.7 if masked else torch.ones(1, dtype=torch.bool)
+    tensors = torch.randn(2, 4, 7, 8), *torch.randn(2, 2, 4, keys, 8)
+    call = make_call(*tensors, None, None, mask=keep if masked else None, **features)
+    ahead = torch.arange(keys) - torch.arange(keys - 7, keys)[:, None]
+    near = (ahead.abs() < features.get("window", keys)) & (ahead <= 0 if features.get("causal") else ahead < keys)
+    expected = (near & keep).sum(-1, keepdim=True)
+    assert torch.equal(visible_keys(call).expand(2, 4, 7, 1), expected.expand(2, 4, 7, 1))
 
 
 def test_its_factor_grows_with_the_number_of_keys():

@@ -71,7 +71,7 @@ class QueryScaledEntmax(FunctionNormalizer):
         if self.beta_weight.shape != (q.shape[1], q.shape[3]):
             raise ValueError(
                 f"{self.name} has weights {list(self.beta_weight.shape)} for queries of {q.shape[1]} heads of width "
-                f"{q.shape[3]}: the layer does not tell these numbers rightly; leave it out with exclude="
+                f"{q.shape[3]}: give build_normalizer these numbers; a layer that tells others goes by exclude="
             )
         dtype = compute_dtype(q.dtype)
         weights = torch.stack((self.beta_weight, self.gamma_weight), -1).to(dtype)
