@@ -20,12 +20,14 @@ from hf_multimax import backend, normalize
 from hf_multimax.extension.library import load
 from hf_multimax.rows.call import KINDS
 
-__all__ = ["check", "drawn_options", "main", "try_calls"]
+__all__ = ["UNNORMALIZED", "check", "drawn_options", "main", "try_calls"]
 
 SIZES = (1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 64, 65, 100, 257, 1000, 2049)
 EPS = torch.finfo(torch.float32).eps
 #: below it float32 loses digits, and what is computed in it may be 0
 SMALLEST = 2 * torch.finfo(torch.float32).tiny
+#: whose weights need not sum to one
+UNNORMALIZED = ("softmax1", "sigmoid", "softpick")
 
 
 def main() -> None:
@@ -77,6 +79,7 @@ def drawn_options(rng: random.Random, only: str | None = None) -> tuple[str, dic
         "oscarmax": lambda: {"alpha": rng.choice((0.0, 0.1)), "beta": rng.choice((None, 0.011, 0.5))},
         "adaptive_temperature": lambda: {"training": rng.random() < 0.2},
         "evsoftmax": lambda: {"training": rng.random() < 0.3},
+        "softpick": lambda: {"eps": rng.choice((0.0, 1e-8, 1e-3))},
     }.get(name, dict)()
     if name == "multimax":
         order = rng.choice((1, 2, 2, 3))
@@ -154,7 +157,7 @@ def check(seed: int, only: str | None = None) -> None:
         # sums of many terms that cancel are as exact as their terms are large
         size = max(
             reference.abs().max().item(),
-            {"p": 1e-3, "x": 1.0 if name in ("rsoftmax", "tsoftmax") else 0.1}.get(what, p.numel() / shape[-1]),
+            {"p": 1e-3, "x": _slope(name, x, q)}.get(what, p.numel() / shape[-1]),
         )
         error = (found.double() - reference).abs().max().item()
         allowed = 4 * (theirs - reference).abs().max().item() + 4 * rounding * size * _condition(name, options, x, q)
@@ -178,11 +181,21 @@ def _condition(name: str, options: dict[str, Any], x: Tensor, q: Tensor) -> floa
     z = x.double() - x.double().amax(-1, keepdim=True)
     seen = z[(q > 1e-7) & z.isfinite()].abs()
     spread = seen.max().item() if seen.numel() else 0.0
-    if name in ("multimax", "oscarmax", "softmax1", "sigmoid"):  # which act on the scores themselves
+    if name in ("multimax", "oscarmax", *UNNORMALIZED):  # which act on the scores themselves
         spread = max(spread, x.double()[q > 1e-7].abs().max().item() if (q > 1e-7).any() else 0.0)
     alpha = torch.as_tensor(options.get("alpha", 1.5)).item()
     steep = max(1.0, alpha) if name in ("entmax", "asentmax") else 1.0
     return (1 + min(spread, 1e4) / options.get("temperature", 1.0)) * steep**3
+
+
+def _slope(name: str, x: Tensor, q: Tensor) -> float:
+    """How large the terms of a score's gradient are that cancel."""
+    if name in ("rsoftmax", "tsoftmax"):
+        return 1.0
+    if name != "softpick":
+        return 0.1
+    slopes = q / -torch.expm1(-x.double())  # e^x over the denominator: scores near 0 have steep weights
+    return max(0.1, slopes[q > 0].max().item() if (q > 0).any() else 0.0)
 
 
 def _jumps(name: str, options: dict[str, Any], x: Tensor, mask: Tensor | None, exact: Tensor, plain: Tensor) -> bool:
@@ -194,8 +207,7 @@ def _check_zeros(name: str, p: Tensor, q: Tensor, dtype: torch.dtype, text: str)
     """Zeros are float64's, but for scores within 1e-6 of a threshold and weights that the type cannot hold."""
     near = {"entmax15": 1e-12, "asentmax": 1e-5, "entmax": 1e-6, "rsoftmax": 1e-6, "tsoftmax": 1e-6}.get(name, 2e-6)
     if name in (
-        "softmax1",
-        "sigmoid",
+        *UNNORMALIZED,
         "softmax",
         "scalable_softmax",
         "adaptive_temperature",
@@ -207,7 +219,7 @@ def _check_zeros(name: str, p: Tensor, q: Tensor, dtype: torch.dtype, text: str)
     near = max(near, torch.finfo(dtype).smallest_normal * 2, SMALLEST)
     differ = (p == 0) != (q == 0)
     assert not (differ & (torch.maximum(p, q) > near)).any(), f"{text}: other zeros"
-    if name in ("softmax1", "sigmoid"):
+    if name in UNNORMALIZED:
         return
     total, kept = p.sum(-1), (q > 0).any(-1)
     most = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps * 2

@@ -38,6 +38,7 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "entmax, alpha 1.25": ("entmax", {"alpha": 1.25}),
     "entmax, alpha learned": ("entmax", {"alpha": 1.25, "learn": True}),
     "asentmax": ("asentmax", {"beta": 0.55, "gamma": 0.0}),
+    "asentmax, adapt": ("asentmax", {"scaling": "adapt"}),
     "rsoftmax, 0.5": ("rsoftmax", {}),
     "tsoftmax, t 4": ("tsoftmax", {"t": 4.0}),
     "evsoftmax": ("evsoftmax", {}),
@@ -67,18 +68,18 @@ CASES = {
 PHASES = ("forward", "training")
 
 
-def normalizer_of(label: str, heads: int) -> Normalizer:
+def normalizer_of(label: str, heads: int, head_dim: int) -> Normalizer:
     """The module that a patched layer would hold."""
     name, options = CANDIDATES[label]
     config = MultiMaxConfig(normalizer=name, normalizer_kwargs=options)
-    return build_normalizer(config, heads if get_normalizer(name).per_head else None)
+    return build_normalizer(config, heads if get_normalizer(name).per_head else None, head_dim)
 
 
 def call_of(label: str, case: Case, phase: str) -> tuple[Callable[[], None], Callable[[], None]]:
     """The call through a normalizer, and SoftMax's."""
     q, k, v = case.shape.tensors("cpu")
     q = (q.detach() * case.spread).requires_grad_()
-    module = normalizer_of(label, case.shape.heads)
+    module = normalizer_of(label, case.shape.heads, q.shape[-1])
     leaves, grad, attend = (q, k, v, *module.parameters()), torch.randn_like(q), softmax(case.shape, "sdpa")
 
     def run(function: Callable[[], Tensor]) -> None:

@@ -206,6 +206,15 @@ def test_a_layer_of_another_function_is_shown_as_trained_and_can_have_multimax(t
     assert torch.equal(explorer.look(TEXT, layer).weights["now"], look.weights["trained"])
 
 
+def test_what_stands_in_for_a_function_of_the_queries_sees_the_scores_alone(tokenizer):
+    options = {"normalizer": "asentmax", "normalizer_kwargs": {"scaling": "adapt"}}
+    model = model_of("GPT2LMHeadModel", options)
+    explorer = explorer_of(model, tokenizer, None)
+    look = explorer.look(TEXT, explorer.layers[0])
+    check(look, model, batch_of(explorer, TEXT), "trained")
+    assert_close(look.weights["SoftMax"], look.scores.softmax(-1), TOLERANCE)
+
+
 def test_scalars_that_were_not_moved_have_all_their_digits(tokenizer):
     model = model_of("GPT2LMHeadModel", {"per_head": True})
     explorer = explorer_of(model, tokenizer, None)

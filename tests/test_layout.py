@@ -36,6 +36,7 @@ ORDER = (
     "normalizers",
     "attention.choose",
     "attention.eager",
+    "attention.scaled",
     "attention.watched",
     "attention.interface",
     "publishing.__init__",

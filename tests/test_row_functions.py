@@ -7,7 +7,7 @@ import pytest
 import torch
 from tolerances import RELATIVE, relative_error
 
-from benchmarks.fuzz_rows import check, drawn_options
+from benchmarks.fuzz_rows import UNNORMALIZED, check, drawn_options
 from hf_multimax import MultiMax, backend, multimax, normalize
 from hf_multimax.extension.library import load
 from hf_multimax.rows import choose
@@ -45,6 +45,26 @@ def test_a_sigma_that_overflows_breaks_its_row_alone():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_masked_passes_no_gradient_whatever_it_holds(kind):
+    options, keep, grad = options_of(kind), torch.rand(4, 20) < 0.7, torch.randn(4, 20)
+    x, grads = torch.randn(4, 20), []
+    for held in (0.0, -1.0, 1e30, float("nan")):
+        scores = x.masked_fill(~keep, held).requires_grad_()
+        grads += torch.autograd.grad(normalize(kind, scores, mask=keep, **options), scores, grad)
+    assert all(torch.equal(found, grads[0]) for found in grads) and not grads[0][~keep].any()
+
+
+@pytest.mark.parametrize("chosen", ["auto", "eager"])
+def test_softpick_without_eps_of_scores_of_zero_is_zero(chosen):
+    x = torch.tensor([[0.0, 0.0, 0.0], [0.0, -2.0, 0.0], [0.0, 1e-30, 0.0]], requires_grad=True)
+    with backend(chosen):
+        p = normalize("softpick", x, eps=0.0)
+        (grad,) = torch.autograd.grad(p, x, torch.randn(3, 3))
+    assert p.tolist() == [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    assert grad.isfinite().all() and not grad[:2].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_long_rows(kind):
     """A row's sums keep their digits."""
     x, grad = torch.randn(2, 100_000), torch.randn(2, 100_000)
@@ -63,7 +83,7 @@ def test_long_rows(kind):
             p = normalize(kind, scores, **options)
             into += [p, torch.autograd.grad(p, scores, grad.to(dtype))[0]]
     total = found[0].double().sum(-1)
-    if kind not in ("softmax1", "sigmoid"):
+    if kind not in UNNORMALIZED:
         torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
     for ours, theirs, reference in zip(found, plain, exact):
         for row, other, expected in zip(ours, theirs, reference):

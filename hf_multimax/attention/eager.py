@@ -9,16 +9,19 @@ from torch.nn.functional import dropout as apply_dropout
 from hf_multimax.attention.call import Call
 from hf_multimax.functional import compute_dtype
 
-__all__ = ["eager_attention", "with_mask"]
+__all__ = ["band", "eager_attention", "split_mask", "with_mask"]
 
 
 def eager_attention(
-    call: Call, modulator: Callable[[Tensor], Tensor], normalize: Callable[..., Tensor]
+    call: Call, modulator: Callable[[Tensor], Tensor], normalize: Callable[..., Tensor], factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention with the whole score matrix in memory: ``[B, H, Nq, Dv]`` and the weights after dropout.
 
     The order of operations is that of Transformers' eager attention, so that with an identity modulator the float32
     results are the same bit for bit.
+
+    Args:
+        factor: multiplies the modulated scores of every query, ``[B, H, Nq, 1]``.
     """
     k, v = call.k, call.v
     groups = call.q.shape[1] // k.shape[1]
@@ -30,7 +33,8 @@ def eager_attention(
     if call.bias is not None:
         scores = scores + call.bias
     scores = modulator(scores.to(compute_dtype(scores.dtype)))
-    keep, additive = _split_mask(with_mask(call.mask, _band(call)) if call.banded else call.mask)
+    scores = scores if factor is None else scores * factor
+    keep, additive = split_mask(with_mask(call.mask, band(call)) if call.banded else call.mask)
     if additive is not None:
         scores = scores + additive
     if call.sinks is None:
@@ -41,7 +45,7 @@ def eager_attention(
     return torch.matmul(weights, v), weights
 
 
-def _band(call: Call) -> Tensor:
+def band(call: Call) -> Tensor:
     """What causality and the window keep, ``[Nq, Nk]``, aligned at the last query and the last key."""
     queries, keys = call.q.shape[2], call.k.shape[2]
     ahead = torch.arange(keys, device=call.q.device) - torch.arange(keys - queries, keys, device=call.q.device)[:, None]
@@ -60,7 +64,7 @@ def _normalize_with_sinks(
     return normalize(torch.cat([scores, sink], dim=-1), -1, keep)[..., :-1]
 
 
-def _split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """A mask as (what to keep, what to add to the kept scores)."""
     if mask is None or mask.dtype == torch.bool:
         return mask, None

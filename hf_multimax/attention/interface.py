@@ -14,6 +14,7 @@ from hf_multimax.attention.call import make_call
 from hf_multimax.attention.choose import choose_kernel, current_backend
 from hf_multimax.attention.context import autocast_dtype, without_autocast
 from hf_multimax.attention.eager import eager_attention, with_mask
+from hf_multimax.attention.scaled import visible_keys, with_scaled_queries
 from hf_multimax.attention.watched import attention_in_tiles, watched
 from hf_multimax.functional import Affine, masked_softmax, modulate
 from hf_multimax.normalizers.base import Normalizer, normalizers_by_row, on_its_device
@@ -278,7 +279,7 @@ def _attend(
         features: those of :func:`hf_multimax.attention.call.make_call`.
         stock_is_eager: without a normalizer, compute what Transformers' eager attention does, bit for bit.
     """
-    q, k, v = tensors
+    (q, k, v), factor = tensors, None
     modulator = None if normalizer is None else normalizer.modulator(q.device)
     if modulator is not None:
         ranges, ts, affine = modulator
@@ -289,10 +290,18 @@ def _attend(
     elif normalizer is not None:
         call = make_call(q, k, v, None, None, **features)
         name = getattr(normalizer, "name", type(normalizer).__name__)
-        rows = Rowwise(name, partial(_row_function, normalizer), normalizer.compiled())
-        kernel = choose_kernel(call, weights=weights_wanted, other=rows)
-        if kernel is not None:
-            return kernel.rowwise_attention(rows, call), None
+        factor = normalizer.row_factor(q, partial(visible_keys, call))
+        scaled = call if factor is None else with_scaled_queries(call, factor)
+        if scaled is not None:
+            rows = Rowwise(name, partial(_row_function, normalizer), normalizer.compiled())
+            kernel = choose_kernel(scaled, weights=weights_wanted, other=rows)
+            if kernel is not None:
+                return kernel.rowwise_attention(rows, scaled).to(v.dtype), None
+        elif current_backend() not in ("auto", "eager"):
+            raise ValueError(
+                f"backend({current_backend()!r}) does not support {name} with factors of the queries under a bias or "
+                "soft-capping: use backend('auto') or backend('eager')"
+            )
     else:  # SoftMax, which kernels know as the modulator of slopes 0
         zeros = torch.zeros(2, device=q.device)
         call = make_call(q, k, v, zeros, zeros, **features)
@@ -303,8 +312,8 @@ def _attend(
             return kernel.attention(call), None
         return eager_attention(call, _identity, masked_softmax)
     if watched() and not weights_wanted:
-        return attention_in_tiles(call, normalizer.modulate, normalizer.normalize), None
-    return eager_attention(call, normalizer.modulate, normalizer.normalize)
+        return attention_in_tiles(call, normalizer.modulate, normalizer.normalize, factor), None
+    return eager_attention(call, normalizer.modulate, normalizer.normalize, factor)
 
 
 def _row_function(normalizer: Normalizer) -> tuple[Callable[..., Tensor], tuple[nn.Parameter, ...]]:
@@ -338,8 +347,8 @@ class _Unhooked(nn.Module):
         super().__init__()
         self.normalizer = normalizer
 
-    def forward(self, *args: Any) -> Tensor:
-        return self.normalizer.forward(*args)
+    def forward(self, x: Tensor, dim: int, mask: Tensor | None) -> Tensor:
+        return self.normalizer.normalize(self.normalizer.modulate(x), dim, mask)
 
 
 def _weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -47,7 +47,9 @@ def watched() -> bool:
     return not torch.compiler.is_compiling() and _watch.get() is not None
 
 
-def attention_in_tiles(call: Call, modulator: Callable[[Tensor], Tensor], normalize: Callable[..., Tensor]) -> Tensor:
+def attention_in_tiles(
+    call: Call, modulator: Callable[[Tensor], Tensor], normalize: Callable[..., Tensor], factor: Tensor | None = None
+) -> Tensor:
     """:func:`eager_attention` without its weights, in tiles; a :func:`watch` block must be open."""
     watching = _watch.get()
     assert watching is not None
@@ -60,7 +62,8 @@ def attention_in_tiles(call: Call, modulator: Callable[[Tensor], Tensor], normal
     try:
         for tile in plan_tiles(call, whole_heads=True):
             watching.tile = tile
-            part, _ = eager_attention(_part(whole, tile), modulator, normalize)
+            own = None if factor is None else factor[tile.batch, tile.heads, tile.rows]
+            part, _ = eager_attention(_part(whole, tile), modulator, normalize, own)
             out[tile.batch, tile.heads, tile.rows] = part
     finally:
         watching.tile = None

@@ -364,7 +364,8 @@ class Explorer:
         if at is not None and "logits_to_keep" in self._takes:
             options["logits_to_keep"] = torch.tensor([at], device=self._device) if at >= 0 else 1
         own = self._normalizers[layer]
-        with backend("eager"), replaced(own, modulate=hearing_modulate, normalize=hearing_normalize):
+        hearing = {"row_factor": normalizer.row_factor, "modulate": hearing_modulate, "normalize": hearing_normalize}
+        with backend("eager"), replaced(own, **hearing):
             outputs = call(self.loaded.model, {**batch, **options}, self._device)
         if "weights" not in heard:
             raise ValueError(f"{layer} was not run with this input")

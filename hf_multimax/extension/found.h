@@ -78,6 +78,12 @@ bool weigh_found(const RowCall& g, const float* stats, float* s) {
     }
     case kTopKSoftMax: weigh_topk(s, g.n, stats); return true;
     case kSoftMax1: weigh_softmax(s, g.n, stats, [&](vf x) { return x - top; }); return true;
+    case kSoftPick: {
+      const Excess excess(top);
+      const float below = stats[kFactor];
+      weigh_each(s, g.n, [&](vf x) { return relu(excess(x)) / below; });
+      return true;
+    }
     case kSigmoid: weigh_each(s, g.n, [&](vf x) { return sigmoid_of(x + top); }); return true;
     case kAsEntMax: {
       const float peak = stats[0], factor = stats[1];

@@ -108,7 +108,7 @@ struct BlockBuffers {
 // Which scores the backward of a function reads, beside its weights
 inline bool needs_scores(const Arguments& g) {
   const bool of_options = g.grad_value || g.grad_beta || g.grad_gamma;
-  return of_options || g.kind == kAdaptiveTemperature || g.kind == kRSoftMax || g.kind == kTSoftMax || g.kind == kOscarMax;
+  return of_options || g.kind == kAdaptiveTemperature || g.kind == kRSoftMax || g.kind == kTSoftMax || moves_zeros(g.kind);
 }
 
 BlockBuffers block_buffers(Pieces& piece, const Arguments& g, int64_t rows, bool backward) {
@@ -373,8 +373,7 @@ void rows_block_back(const Arguments& g, const RowsOfHead& r, const KeyPanels& k
   const float scale = float(g.scale);
   multiply_keys(g, r, keys, q, t);
   weigh(g, r, t);
-  // entries without weight have no gradient, but that oscarmax gives scores of opposite sign one together
-  const int64_t m = g.kind == kOscarMax ? r.keys : weighed(g, t, r.count, r.keys);
+  const int64_t m = moves_zeros(g.kind) ? r.keys : weighed(g, t, r.count, r.keys);
   const bool all = m == r.keys;
   const float* v_transposed = keys.v_transposed + r.first * g.value_dim;
   if (!all) {

@@ -24,6 +24,7 @@ void forward_row(const RowCall& g, const Line& l, const Buffers& t) {
     case kSoftMax1: return softmax1_row(g, l);
     case kSigmoid: return sigmoid_row(g, l);
     case kAsEntMax: return asentmax_row(g, l, t);
+    case kSoftPick: return softpick_row(g, l);
   }
 }
 
@@ -44,6 +45,7 @@ void backward_row(const RowCall& g, const BackLine& l, const Buffers& t) {
     case kOscarMax: return structured_back(g, l, t, true);
     case kSigmoid: return sigmoid_back(l);
     case kAsEntMax: return asentmax_back(g, l, t);
+    case kSoftPick: return softpick_back(g, l, t);
   }
 }
 

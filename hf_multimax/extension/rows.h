@@ -9,7 +9,7 @@ namespace {
 
 enum Kind : int64_t {
   kMultiMax, kSoftMax, kScalableSoftMax, kAdaptiveTemperature, kSparseMax, kEntMax15, kEntMax, kRSoftMax, kTSoftMax,
-  kEvSoftMax, kTopKSoftMax, kFusedMax, kOscarMax, kSoftMax1, kSigmoid, kAsEntMax
+  kEvSoftMax, kTopKSoftMax, kFusedMax, kOscarMax, kSoftMax1, kSigmoid, kAsEntMax, kSoftPick
 };
 
 constexpr float kMost = std::numeric_limits<float>::max();
@@ -78,6 +78,10 @@ struct Buffers {
 inline int64_t whole(int64_t n) { return (n + W - 1) / W * W; }
 
 inline bool is_structured(int64_t kind) { return kind == kFusedMax || kind == kOscarMax; }
+
+// Whether entries without weight have a gradient: oscarmax gives scores of opposite sign one together, and all scores
+// are in softpick's denominator
+inline bool moves_zeros(int64_t kind) { return kind == kOscarMax || kind == kSoftPick; }
 
 Buffers buffers(Pieces& piece, int64_t n, bool structured) {
   const int64_t size = whole(n) + 2 * W;

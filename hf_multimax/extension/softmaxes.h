@@ -76,6 +76,47 @@ inline vf scaled_score(vf x, float peak, float scale) {
   return x == -kInfinity ? x : scale * max(x - peak, splat(-kMost));
 }
 
+// e^x - 1 over e^most, for most >= 0
+struct Excess {
+  float most, one;
+
+  explicit Excess(float most) : most(most), one(std::exp(-most)) {}
+  vf operator()(vf x) const {
+    const vi near = (x < 1.0f) & (x > -1.0f);  // where e^x - 1 would lose digits
+    vf power;
+    const vf r = exp_parts(max(splat(-88.0f), near ? x : x - most), power);
+    return x == -kInfinity ? vf{} : near ? (r * power + (power - 1.0f)) * one : r * power + power - one;
+  }
+};
+
+// max(e^x - 1, 0) / (sum |e^x - 1| + eps), over e^m with m = max(peak, 0)
+void softpick_row(const RowCall& g, const Line& l) {
+  const float most = std::max(l.peak, 0.0f);
+  const Excess excess(most);
+  const double sum_ = total(l.width, [&](int64_t j) {
+    const vf e = excess(load(l.s + j));
+    store(l.s + j, e);
+    return max(e, -e);
+  });
+  const float denominator = float(sum_ + g.a), below = denominator > 0.0f ? denominator : 1.0f;
+  leave(stats_of(g, l.row), most, below, 0.0f);
+  emit(g, l, [&](vf e) { return relu(e) / below; });
+}
+
+void softpick_back(const RowCall& g, const BackLine& l, const Buffers& t) {
+  const float* stats = stats_of(g, l.row);
+  const float most = stats[kTop], factor = 1.0f / stats[kFactor];
+  const float mean = float(mean_gradient(l));
+  const float* scores = as_floats(g, g.x, g.type, l.row, t.s);
+  for (int64_t j = 0; j < l.width; j += W) {
+    const vf x = load(scores + j), slope = exp_(x - most) * factor;
+    const vf by_excess = x > 0.0f ? load(l.g + j) - mean : x < 0.0f ? splat(mean) : vf{};
+    store(l.dx + j, slope == 0.0f ? vf{} : slope * by_excess);
+  }
+  const unsigned char* keep = mask_of(g, l.row, t.mask);
+  for (int64_t j = 0; keep && j < l.n; ++j) l.dx[j] = keep[j] ? l.dx[j] : 0.0f;
+}
+
 // SoftMax of scale (x - peak), where the scale may be 0 or negative
 void scaled_row(const RowCall& g, const Line& l, float scale) {
   const float peak = l.peak;

@@ -12,6 +12,8 @@ Of its configs, which are first copied, as other models may hold them: their cla
 import contextlib
 import copy
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -21,7 +23,7 @@ from hf_multimax.attention.interface import IMPLEMENTATION
 from hf_multimax.config import MultiMaxConfig
 from hf_multimax.models.changes import Changes
 from hf_multimax.models.configs import MultiMaxConfigMixin, config_class
-from hf_multimax.models.discovery import Layers, attention_layers, head_count, select_layers
+from hf_multimax.models.discovery import Layers, attention_layers, head_count, query_width, select_layers
 from hf_multimax.models.generated import stock_of
 from hf_multimax.models.masks import ADDITIVE, mask_kinds, owner_of
 from hf_multimax.models.output import check_output_supported
@@ -163,7 +165,8 @@ def build_normalizers(config: MultiMaxConfig, selected: dict[str, nn.Module]) ->
     """The normalizer of every selected layer."""
     per_head = config.per_head or get_normalizer(config.normalizer).per_head
     built = {
-        name: _build(config, layer, head_count(name, layer) if per_head else None) for name, layer in selected.items()
+        name: _build(config, layer, head_count(name, layer) if per_head else None, partial(query_width, name, layer))
+        for name, layer in selected.items()
     }
     if config.per_head and not any(list(normalizer.parameters()) for normalizer in built.values()):
         raise ValueError(f"per_head=True means nothing to normalizer={config.normalizer!r}, which learns nothing here")
@@ -179,11 +182,13 @@ def output_modulator(model: PreTrainedModel, config: MultiMaxConfig) -> Normaliz
     return _build(config, model.get_output_embeddings() or model, None)
 
 
-def _build(config: MultiMaxConfig, beside: nn.Module, num_heads: int | None) -> Normalizer:
+def _build(
+    config: MultiMaxConfig, beside: nn.Module, num_heads: int | None, head_dim: Callable[[], int] | None = None
+) -> Normalizer:
     """The normalizer of ``config``, on the device and in the mode of the module that it is to stand in."""
     parameter = next(beside.parameters(), None)
     with contextlib.nullcontext() if parameter is None else parameter.device:
-        return build_normalizer(config, num_heads).train(beside.training)
+        return build_normalizer(config, num_heads, head_dim).train(beside.training)
 
 
 def _copies_of_configs(model: PreTrainedModel) -> dict[int, Any]:

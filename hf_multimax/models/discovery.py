@@ -18,6 +18,7 @@ from hf_multimax.models.exceptions import (
     HANDLED_KEYWORDS,
     HEAD_COUNT_ATTRIBUTES,
     IRRELEVANT_KEYWORDS,
+    QUERY_WIDTH_ATTRIBUTES,
     UNSERVED_ATTENTION,
     UNUSED_ATTENTION,
 )
@@ -135,6 +136,20 @@ def head_count(name: str, module: nn.Module) -> int:
             if isinstance(value, int):
                 return value
     raise ValueError(f"{name} ({type(module).__name__}) does not tell its number of heads: patch with per_head=False")
+
+
+def query_width(name: str, module: nn.Module) -> int:
+    """The width of a query of an attention layer; ValueError, naming the layer, if it does not hand queries over."""
+    if not _uses_interface(stock_of(type(module))):
+        raise ValueError(
+            f"{name} ({type(module).__name__}) computes its attention outside Transformers' AttentionInterface, so "
+            "that its queries are not seen: leave it at SoftMax with exclude="
+        )
+    for attribute in QUERY_WIDTH_ATTRIBUTES:
+        value = getattr(module, attribute, None)
+        if isinstance(value, int):
+            return value
+    raise ValueError(f"{name} ({type(module).__name__}) does not tell the width of its queries: leave it out, exclude=")
 
 
 def code_names(cls: type) -> frozenset[str]:

@@ -17,6 +17,16 @@ IRRELEVANT_KEYWORDS = frozenset(
 #: Where attention layers, or else their config, keep the number of query heads.
 HEAD_COUNT_ATTRIBUTES = ("num_heads", "n_heads", "num_attention_heads", "n_head")
 
+#: Where attention layers keep the width of a query.
+QUERY_WIDTH_ATTRIBUTES = (
+    "qk_head_dim",
+    "head_dim",
+    "attention_head_size",
+    "key_value_proj_dim",
+    "head_size",
+    "dim_head",
+)
+
 #: Attention that is not called so.
 ATTENTION_BY_NAME = frozenset({"MgpstrA3Module"})
 

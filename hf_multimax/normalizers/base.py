@@ -57,6 +57,18 @@ class Normalizer(nn.LayerNorm):
         """``ranges``, ``ts`` and ``affine`` of the MultiMax that this is, which kernels compute; None for others."""
         return None
 
+    def row_factor(self, q: Tensor, seen: Callable[[], Tensor]) -> Tensor | None:
+        """What multiplies the scores of every query before a mask acts; None for nothing, as with a :meth:`modulator`.
+
+        Args:
+            q: the queries as attention gets them, ``[B, H, Nq, D]``.
+            seen: gives how many keys each of them sees, integers that broadcast to ``[B, H, Nq, 1]``.
+
+        Returns:
+            ``[B, H, Nq, 1]``, of the type that scores of ``q`` are computed in.
+        """
+        return None
+
     def compiled(self) -> RowFunction | None:
         """This as a compiled function of rows, options as scalars or ``[heads]``; None where there is none."""
         return None

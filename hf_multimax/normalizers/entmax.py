@@ -4,8 +4,10 @@ Under ``torch.compile`` they break the graph: they search until every row is sol
 package.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from hf_multimax.config import MultiMaxConfig
 from hf_multimax.normalizers.options import (
     below_peak,
     flag,
@@ -25,7 +28,16 @@ from hf_multimax.normalizers.options import (
     same,
     start_at_zero,
 )
-from hf_multimax.normalizers.registry import Learned, Option, register_normalizer, rowwise
+from hf_multimax.normalizers.query_scaled import IDENTITY_DELTA, QueryScaledEntmax
+from hf_multimax.normalizers.registry import (
+    FunctionNormalizer,
+    Learned,
+    Option,
+    build_from_function,
+    get_normalizer,
+    register_normalizer,
+    rowwise,
+)
 from hf_multimax.numbers import is_finite
 from hf_multimax.rows.function import RowFunction
 
@@ -62,7 +74,13 @@ def _compiled_asentmax(
     beta: float | Tensor | None = None,
     gamma: float | Tensor | None = None,
     delta: float = 1.0,
+    scaling: str = "learn",
 ) -> RowFunction | None:
+    if scaling == "adapt":
+        raise ValueError(
+            "scaling='adapt' reads the queries of attention, which scores alone do not tell: it is for patch_model; "
+            "give normalize('asentmax', ...) beta and gamma"
+        )
     chosen = of_value("asentmax", alpha, delta)
     if chosen is None:
         return None
@@ -77,6 +95,7 @@ def _asentmax(
     beta: float | Tensor | None = None,
     gamma: float | Tensor | None = None,
     delta: float = 1.0,
+    scaling: str = "learn",
 ) -> Tensor:
     beta, gamma = _MEAN_BETA if beta is None else beta, 0.0 if gamma is None else gamma
     # n + 1 is the authors' "position + 2" under a causal mask, whose logarithm is no less than log 2
@@ -220,6 +239,27 @@ _LEARNED_ALPHA = Learned(one_plus_sigmoid, functools.partial(logit, "alpha", lea
 _IDENTITY_ALPHA = Learned(one_plus_share, start_at_zero)
 
 
+def _asentmax_module(
+    config: MultiMaxConfig, num_heads: int | None, head_dim: int | Callable[[], int] | None = None
+) -> FunctionNormalizer:
+    spec, given = get_normalizer("asentmax"), dict(config.normalizer_kwargs)
+    if given.get("scaling") != "adapt":
+        return build_from_function(FunctionNormalizer, spec, given, num_heads=num_heads)
+    del given["scaling"]
+    drawn = [name for name in ("beta", "gamma") if given.pop(name, None) is not None]
+    if drawn:
+        raise ValueError(
+            f"MultiMaxConfig.normalizer_kwargs: {' and '.join(drawn)} of 'asentmax' come from the queries with "
+            "scaling='adapt': leave them out"
+        )
+    options = {name: option for name, option in spec.options.items() if name not in ("beta", "gamma", "scaling")}
+    learned, identity = {"alpha": _LEARNED_ALPHA}, {"alpha": _IDENTITY_ALPHA}
+    starts = {"delta": IDENTITY_DELTA}
+    spec = dataclasses.replace(spec, options=options, learned=learned, identity=identity, identity_options=starts)
+    width = head_dim() if callable(head_dim) else head_dim
+    return build_from_function(QueryScaledEntmax, spec, given, num_heads=num_heads, head_dim=width)
+
+
 def _drawn(help: str, how: str) -> Option:
     return Option(
         None,
@@ -257,6 +297,7 @@ register_normalizer(
 register_normalizer(
     "asentmax",
     _asentmax,
+    _asentmax_module,
     citation="Vasylenko, Pitorro, Martins, Treviso. Long-Context Generalization with Sparse Attention. ICLR 2026. "
     "arXiv:2506.16640.",
     options={
@@ -267,6 +308,12 @@ register_normalizer(
         ),
         "gamma": _drawn("see beta", "normally with a deviation of 0.1, and 0 in normalize"),
         "delta": Option(1.0, "see beta", "a number", is_finite),
+        "scaling": Option(
+            "learn",
+            "adapt takes beta = softplus(w q) and gamma = 2 tanh(w' q) from each query, w and w' learned for each head",
+            "'learn' or 'adapt'",
+            lambda value: value in ("learn", "adapt"),
+        ),
         "learn": flag("learn alpha, too, as entmax does"),
         "init": init(),
     },

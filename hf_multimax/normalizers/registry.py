@@ -26,6 +26,7 @@ __all__ = [
     "Learned",
     "NormalizerSpec",
     "Option",
+    "build_from_function",
     "build_normalizer",
     "get_normalizer",
     "normalize",
@@ -87,7 +88,8 @@ class NormalizerSpec:
         name: what users write.
         function: ``(x, dim=-1, mask=None, training=False, **options) -> probabilities``.
         module: ``(config, num_heads) -> Normalizer``, the module that a patched attention layer holds; ``num_heads``
-            is None unless ``config.per_head``. It raises ValueError for options that it does not know.
+            is None unless ``config.per_head``. It raises ValueError for options that it does not know. With a further
+            argument ``head_dim`` it gets what :func:`build_normalizer` got.
         citation: where the function is defined.
         modulates_output: whether its ``modulate`` may stand before a cross-entropy loss on the output logits. Not for
             functions with exact zeros, whose cross-entropy is infinite.
@@ -244,15 +246,24 @@ def normalize(
     return spec.function(x, dim=dim, mask=mask, **options)
 
 
-def build_normalizer(config: MultiMaxConfig, num_heads: int | None) -> Normalizer:
+def build_normalizer(
+    config: MultiMaxConfig, num_heads: int | None, head_dim: int | Callable[[], int] | None = None
+) -> Normalizer:
     """The module that ``config`` asks for; ValueError if its normalizer or an option of it is impossible.
+
+    Args:
+        num_heads: None, or the number of heads for parameters of each.
+        head_dim: the width of a layer's queries, or what tells it: asked by a module that reads them.
 
     Examples:
         >>> from hf_multimax import MultiMaxConfig, build_normalizer
         >>> build_normalizer(MultiMaxConfig(normalizer="rsoftmax", normalizer_kwargs={"sparsity": 0.3}), None)
         FunctionNormalizer(rsoftmax, sparsity=0.3)
     """
-    return get_normalizer(config.normalizer).module(config, num_heads)
+    spec = get_normalizer(config.normalizer)
+    if "head_dim" in inspect.signature(spec.module).parameters:
+        return spec.module(config, num_heads, head_dim=head_dim)
+    return spec.module(config, num_heads)
 
 
 def rowwise(
@@ -363,17 +374,21 @@ class FunctionNormalizer(Normalizer):
         """Every option's present value: numbers, and for a learned one a tensor ``[]`` or ``[num_heads]``."""
         return {**self.options, **{name: rule.value(getattr(self, name)) for name, rule in self.learned.items()}}
 
+    def arguments(self) -> dict[str, Any]:
+        """What the function is called with, but for ``training``: see :meth:`values`."""
+        return self.values()
+
     def compiled(self) -> RowFunction | None:
         function = get_normalizer(self.name).function
         compiled = getattr(function, "compiled", None)
         if compiled is None or self.share != 1.0:
             return None
-        return compiled(**self.values(), **({"training": self.training} if function.takes_training else {}))
+        return compiled(**self.arguments(), **({"training": self.training} if function.takes_training else {}))
 
     def normalize(self, x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         options = {
             name: value[:, None, None] if isinstance(value, Tensor) and value.ndim == 1 else value
-            for name, value in self.values().items()
+            for name, value in self.arguments().items()
         }
         if self._takes_training:
             options["training"] = self.training
@@ -390,9 +405,19 @@ class FunctionNormalizer(Normalizer):
 
 def _build_from_function(name: str, config: MultiMaxConfig, num_heads: int | None) -> FunctionNormalizer:
     """The module of a normalizer that has none of its own."""
-    spec = get_normalizer(name)
+    return build_from_function(FunctionNormalizer, get_normalizer(name), config.normalizer_kwargs, num_heads=num_heads)
+
+
+def build_from_function(
+    module: type[FunctionNormalizer], spec: NormalizerSpec, given: Mapping[str, Any], **others: Any
+) -> FunctionNormalizer:
+    """``module(name, options, learned, share=share, **others)`` by the options that a config gives.
+
+    Raises:
+        ValueError: for an impossible option; the text names it.
+    """
     try:
-        given = dict(config.normalizer_kwargs)
+        given, name = dict(given), spec.name
         share = 1.0 if "share" in spec.options else given.pop("share", 1.0)
         if not is_number(share) or not 0 <= share <= 1:
             raise ValueError(f"share of the normalizer {name!r} must be a number in [0, 1], got {share!r}")
@@ -402,7 +427,7 @@ def _build_from_function(name: str, config: MultiMaxConfig, num_heads: int | Non
         if spec.identity and options.pop("init") == "identity":
             learned = dict(spec.identity)
             options.update(spec.identity_options)
-        return FunctionNormalizer(name, options, learned, num_heads, float(share))
+        return module(name, options, learned, share=float(share), **others)
     except (TypeError, ValueError) as error:
         raise ValueError(f"MultiMaxConfig.normalizer_kwargs: {error}") from error
 

@@ -17,13 +17,14 @@ def _softmax1(x: Tensor, keep: Tensor) -> Tensor:
     return torch.cat([x, torch.zeros_like(x[..., :1])], -1).softmax(-1)[..., :-1]
 
 
-@rowwise
+@rowwise(compiled=lambda eps=1e-8: of_numbers("softpick", eps))
 def _softpick(x: Tensor, keep: Tensor, eps: float = 1e-8) -> Tensor:
     # over e^m with m = max(x, 0): where no score is above 0 all weights are 0, whatever the scale
     m = relu(x.detach().amax(-1, keepdim=True))
     near = x.abs() < 1  # where e^x - 1 would lose digits
     excess = torch.where(near, torch.where(near, x, 0.0).expm1() * (-m).exp(), (x - m).exp() - (-m).exp())
-    return relu(excess) / (torch.where(keep, excess.abs(), 0.0).sum(-1, keepdim=True) + eps)
+    total = torch.where(keep, excess.abs(), 0.0).sum(-1, keepdim=True) + eps
+    return relu(excess) / torch.where(total > 0, total, 1.0)
 
 
 @rowwise(compiled=lambda b=None: of_numbers("sigmoid", *((0.0, 0.0) if b is None else (b, 1.0))))

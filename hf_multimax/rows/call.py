@@ -14,6 +14,7 @@ __all__ = ["KINDS", "MAX_ORDER", "STATS", "TYPES", "RowCall", "items_of", "run",
 KINDS = (
     "multimax", "softmax", "scalable_softmax", "adaptive_temperature", "sparsemax", "entmax15", "entmax", "rsoftmax",
     "tsoftmax", "evsoftmax", "topk_softmax", "fusedmax", "oscarmax", "softmax1", "sigmoid", "asentmax",
+    "softpick",
 )  # fmt: skip
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_ORDER = 16

@@ -19,12 +19,17 @@ __all__ = ["compute"]
 _DIFFERENTIABLE = 7
 _STRUCTURED = {KINDS.index(name) for name in ("fusedmax", "oscarmax")}
 _NEED_STATS = {
-    KINDS.index(name) for name in ("scalable_softmax", "adaptive_temperature", "rsoftmax", "tsoftmax", "asentmax")
+    KINDS.index(name)
+    for name in ("scalable_softmax", "adaptive_temperature", "rsoftmax", "tsoftmax", "asentmax", "softpick")
 }
 #: what the backward pass computes from the scores, too; with a gradient for one of the rows' options all do
-_NEED_SCORES = {KINDS.index(name) for name in ("multimax", "adaptive_temperature", "rsoftmax", "tsoftmax", "oscarmax")}
+_NEED_SCORES = {
+    KINDS.index(name) for name in ("multimax", "adaptive_temperature", "rsoftmax", "tsoftmax", "oscarmax", "softpick")
+}
+#: where a weight of 0 does not tell that an entry has no gradient
+_NEED_MASK = {KINDS.index("softpick")}
 #: what the backward pass gets: of the forward pass, then of the call
-_SAVED = "Tensor p, Tensor? stats, Tensor? groups, Tensor? x, " + ", ".join(
+_SAVED = "Tensor p, Tensor? stats, Tensor? groups, Tensor? mask, Tensor? x, " + ", ".join(
     f"Tensor? {name}" for name in RowCall._fields[1:_DIFFERENTIABLE]
 )
 
@@ -71,11 +76,11 @@ def _filled(like: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
 
 def _gradients(*inputs: Any) -> list[Tensor | None]:
     """The gradients of the differentiable inputs, None for those that need none; arguments as the operator's."""
-    grad, p, stats, groups, x, value, beta, gamma, ranges, ts, affine, kind, a, b, needed = inputs
+    grad, p, stats, groups, mask, x, value, beta, gamma, ranges, ts, affine, kind, a, b, needed = inputs
     grad = grad.contiguous()
     grad_x = torch.empty_like(grad)
     options = [t.new_empty(t.shape) if wanted else None for t, wanted in zip((value, beta, gamma), needed[1:])]
-    given = {"stats": stats, "groups": groups, "x": x, "value": value, "beta": beta, "gamma": gamma}
+    given = {"stats": stats, "groups": groups, "mask": mask, "x": x, "value": value, "beta": beta, "gamma": gamma}
     given |= {"ranges": ranges, "ts": ts, "affine": affine, "p": p, "grad": grad, "grad_x": grad_x}
     given |= zip(("grad_value", "grad_beta", "grad_gamma"), options)
     if ranges is None or not any(needed[4:]):
@@ -91,7 +96,7 @@ def _gradients(*inputs: Any) -> list[Tensor | None]:
     return [grad_x if needed[0] else None, *options, *scalars]
 
 
-def _fake_backward(grad, p, stats, groups, *rest):
+def _fake_backward(grad, p, stats, groups, mask, *rest):
     *inputs, _kind, _a, _b, needed = rest
     return [t.new_empty(t.shape) if wanted else grad.new_empty(0) for t, wanted in zip((grad, *inputs[1:]), needed)]
 
@@ -101,7 +106,8 @@ def _save(ctx, inputs, output) -> None:
     ctx.options = call.kind, call.a, call.b
     scores = call.kind in _NEED_SCORES or any(ctx.needs_input_grad[1:4])
     p = out if out.dtype == torch.float32 else p
-    ctx.save_for_backward(p, stats, groups, call.x if scores else None, *call[1:_DIFFERENTIABLE])
+    mask = call.mask if call.kind in _NEED_MASK else None
+    ctx.save_for_backward(p, stats, groups, mask, call.x if scores else None, *call[1:_DIFFERENTIABLE])
 
 
 def _differentiate(ctx, grad: Tensor, backward: Callable[..., Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
