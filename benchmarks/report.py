@@ -137,6 +137,13 @@ def training_step() -> str:
     )
 
 
+def recipe_step() -> str:
+    """Steps of the recipes through other functions over SoftMax's."""
+    rows = _rows("recipe_step", "cpu")
+    arms = [name for name in rows[0] if name.endswith(" / softmax")]
+    return _table(["recipe", *arms], [[row["recipe"], *(_ratio(row[arm]) for arm in arms)] for row in rows])
+
+
 def cross_entropy() -> str:
     """The fused output loss against the unfused ones."""
     columns = {
@@ -217,8 +224,8 @@ def adapter_step() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        normalizers, attention, attention_memory, row_attention, training_step, cross_entropy, scalar_start,
-        adapter_step,
+        normalizers, attention, attention_memory, row_attention, training_step, recipe_step, cross_entropy,
+        scalar_start, adapter_step,
     )
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from zoo import zoo_model
 
-from benchmarks import adapter_step, scalar_start
+from benchmarks import adapter_step, recipe_step, scalar_start
 from benchmarks.scalar_summary import REFERENCE, UNTUNED, chosen_rate, summary
 from hf_multimax import is_patched
 from recipes.shared.tokens import train_tokenizer
@@ -80,3 +80,9 @@ def test_steps_of_adapters_are_measured_against_full_fine_tuning():
         full, *others = adapter_step.measure(name, "tiny", 0.0)
         assert full["arm"] == adapter_step.FULL and full["time / full"] == full["memory / full"] == 1
         assert all(row["trained"] < full["trained"] and row["time / full"] > 0 for row in others)
+
+
+@pytest.mark.parametrize("name", recipe_step.TASKS)
+def test_steps_of_the_recipes_through_other_functions(name):
+    row = recipe_step.measure(name, 0.0)
+    assert row["softmax s"] > 0 and all(row[f"{arm} / softmax"] > 0 for arm in recipe_step.ARMS)
