@@ -124,6 +124,20 @@ def row_attention() -> str:
     return _table(["", *cases, "MB, 1x8x4096"], lines)
 
 
+def trained_attention() -> str:
+    """Attention through sparse functions on the scores of a trained model."""
+    rows = _rows("trained_attention", "cpu")
+    cases = [name.removesuffix(" zeros %") for name in rows[0] if name.endswith(" zeros %")]
+    lines = []
+    for row in rows:
+        cells = [
+            (f"{row[f'{case} zeros %']:.1f} %", f"{_ratio(row[f'{case} forward'])} / {_ratio(row[f'{case} training'])}")
+            for case in cases
+        ]
+        lines.append([row["normalizer"], *(cell for pair in cells for cell in pair)])
+    return _table(["", *(head for case in cases for head in (f"zeros, {case}", f"{case} / SDPA"))], lines)
+
+
 def training_step() -> str:
     """Patched over stock, by model."""
     columns = {"patched / stock": "patched / stock"}
@@ -224,8 +238,8 @@ def adapter_step() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        normalizers, attention, attention_memory, row_attention, training_step, recipe_step, cross_entropy,
-        scalar_start, adapter_step,
+        normalizers, attention, attention_memory, row_attention, trained_attention, training_step, recipe_step,
+        cross_entropy, scalar_start, adapter_step,
     )
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from zoo import zoo_model
 
-from benchmarks import adapter_step, recipe_step, scalar_start
+from benchmarks import adapter_step, recipe_step, scalar_start, trained_attention
 from benchmarks.scalar_summary import REFERENCE, UNTUNED, chosen_rate, summary
 from hf_multimax import is_patched
 from recipes.shared.tokens import train_tokenizer
@@ -86,3 +86,9 @@ def test_steps_of_adapters_are_measured_against_full_fine_tuning():
 def test_steps_of_the_recipes_through_other_functions(name):
     row = recipe_step.measure(name, 0.0)
     assert row["softmax s"] > 0 and all(row[f"{arm} / softmax"] > 0 for arm in recipe_step.ARMS)
+
+
+def test_attention_on_given_scores():
+    qkv = tuple(torch.randn(1, heads, 48, 64) for heads in (4, 2, 2))
+    row = trained_attention.measure("sparsemax", {"made up": [qkv, trained_attention.made_up(qkv)]}, 0.0)
+    assert 50 < row["made up zeros %"] < 100 and row["made up training"] > 0
