@@ -1,9 +1,10 @@
 """Attention through sparse functions on the scores of a trained model: ``python -m benchmarks.trained_attention``.
 
-q, k and v are those of some layers of SmolLM2-135M, a causal model of 9 query and 3 key heads of 64, over 1,024 tokens of
-Python's documentation; beside them random ones of the same shape. Functions with exact zeros leave out the keys that no
-row of a block gives weight, so the sparser the rows, the less they take. Ratios are to ``scaled_dot_product_attention``
-in turn in one process, the median of the layers. Writes ``benchmarks/results/trained_attention-cpu.json``.
+q, k and v are those of some layers of SmolLM2-135M, a causal model of 9 query and 3 key heads of 64, over 1,024 tokens
+of Python's documentation; beside them random ones of the same shape. Functions with exact zeros leave out the keys that
+no row of a block gives weight, so the sparser the rows, the less they take. Ratios are to
+``scaled_dot_product_attention`` in turn in one process, the median of the layers. Writes
+``benchmarks/results/trained_attention-cpu.json``.
 """
 
 import argparse
