@@ -9,21 +9,23 @@ of the queries by 1e-6 makes of them in float64, plus the rounding of the type. 
 """
 
 import random
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.fuzz_rows import drawn_options, try_calls
+from benchmarks.fuzz_rows import definition, drawn_options, try_calls
 from hf_multimax import normalize
-from hf_multimax.attention.call import make_call
+from hf_multimax.attention.call import Call, make_call
 from hf_multimax.attention.eager import eager_attention
-from hf_multimax.attention.native.rows import rowwise_attention, rowwise_unsupported
+from hf_multimax.attention.native import backend as native_backend
 from hf_multimax.normalizers.registry import get_normalizer
 from hf_multimax.rows.call import KINDS
 from hf_multimax.rows.function import Rowwise
 
-__all__ = ["FUNCTIONS", "check", "main"]
+__all__ = ["FUNCTIONS", "check", "eager", "gradients", "main", "native", "through"]
 
 FUNCTIONS = tuple(kind for kind in KINDS if kind != "multimax")
 #: queries and keys: one of each, few, what fills vectors, panels and blocks of rows or just not, thousands
@@ -113,23 +115,31 @@ def drawn_call(rng: random.Random) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def gradients(
     attention, name: str, numbers: dict[str, Any], tensors: dict[str, Tensor], features: dict[str, Any], grad: Tensor
 ) -> dict[str, Tensor]:
-    """The result and the gradient of every tensor, by name."""
+    """The result and the gradient of every tensor, by name; a bias among the features gets none."""
     leaves = {key: x.detach().requires_grad_() for key, x in tensors.items()}
     own = {key: x for key, x in leaves.items() if key not in ("q", "k", "v", "bias")}
     q, k, v = (leaves[key] for key in ("q", "k", "v"))
-    call = make_call(q, k, v, None, None, bias=leaves.get("bias"), **features)
+    call = make_call(q, k, v, None, None, **{"bias": leaves.get("bias"), **features})
     out = attention(call, name, {**numbers, **own})
     return {"out": out.detach(), **dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad)))}
 
 
-def native(call, name: str, options: dict[str, Any]) -> Tensor:
-    """What is tried."""
-    function = get_normalizer(name).function
-    training = {} if function.takes_training else {"training": None}
-    compiled = function.compiled(**{key: x for key, x in options.items() if key not in training})
-    rows = Rowwise(name, lambda: None, compiled)
-    assert (missing := rowwise_unsupported(rows, call)) is None, missing
-    return rowwise_attention(rows, call)
+def through(backend: ModuleType) -> Callable[..., Tensor]:
+    """Attention by the functions of rows of a backend, as :func:`gradients` takes it."""
+
+    def attention(call: Call, name: str, options: dict[str, Any]) -> Tensor:
+        function = get_normalizer(name).function
+        training = {} if function.takes_training else {"training": None}
+        compiled = function.compiled(**{key: x for key, x in options.items() if key not in training})
+        rows = Rowwise(name, lambda: None, compiled)
+        assert (missing := backend.rowwise_unsupported(rows, call)) is None, missing
+        return backend.rowwise_attention(rows, call)
+
+    return attention
+
+
+#: what is tried
+native = through(native_backend)
 
 
 def eager(call, name: str, options: dict[str, Any]) -> Tensor:
@@ -138,7 +148,7 @@ def eager(call, name: str, options: dict[str, Any]) -> Tensor:
     def aligned(x: Any) -> Any:
         return x[:, None, None] if torch.is_tensor(x) and x.ndim else x
 
-    options = {key: aligned(x) for key, x in options.items()}
+    name, options = definition(name, {key: aligned(x) for key, x in options.items()})
     return eager_attention(call, lambda x: x, lambda x, dim, keep: normalize(name, x, dim, keep, **options))[0]
 
 

@@ -8,6 +8,7 @@ units of rounding where those count; zeros must be those of float64. What fails 
 """
 
 import argparse
+import importlib.util
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from hf_multimax import backend, normalize
 from hf_multimax.extension.library import load
 from hf_multimax.rows.call import KINDS
 
-__all__ = ["UNNORMALIZED", "check", "drawn_options", "main", "try_calls"]
+__all__ = ["UNNORMALIZED", "check", "definition", "drawn_options", "main", "try_calls"]
 
 SIZES = (1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 64, 65, 100, 257, 1000, 2049)
 EPS = torch.finfo(torch.float32).eps
@@ -94,6 +95,12 @@ def drawn_options(rng: random.Random, only: str | None = None) -> tuple[str, dic
     return name, options
 
 
+def definition(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A function that plain PyTorch computes: where the entmax package is missing, entmax of that alpha."""
+    alpha = {"sparsemax": 2.0, "entmax15": 1.5}.get(name)
+    return (name, options) if alpha is None or importlib.util.find_spec("entmax") else ("entmax", {"alpha": alpha})
+
+
 def drawn_scores(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     x = torch.randn(shape)
     kind = rng.randrange(8)
@@ -125,19 +132,27 @@ def drawn_mask(rng: random.Random, shape: tuple[int, ...]) -> Tensor | None:
     return keep
 
 
-def check(seed: int, only: str | None = None) -> None:
-    """Raises AssertionError where the call of that seed is worse than it may be."""
+def check(seed: int, only: str | None = None, kernel: str = "auto", sizes: Sequence[int] = SIZES) -> None:
+    """Raises AssertionError where the call of that seed is worse than it may be.
+
+    Args:
+        only: one function.
+        kernel: the backend that is tried.
+        sizes: of rows, one of which is drawn.
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     name, options = drawn_options(rng, only)
-    shape = (*((rng.randint(1, 3),) if rng.random() < 0.5 else ()), rng.randint(1, 4), rng.choice(SIZES))
+    shape = (*((rng.randint(1, 3),) if rng.random() < 0.5 else ()), rng.randint(1, 4), rng.choice(sizes))
     dtype = rng.choice((torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16))
     x, mask, grad = drawn_scores(rng, shape, dtype), drawn_mask(rng, shape), torch.randn(shape).to(dtype)
     text = f"{name} {options} {tuple(shape)} {dtype}"
-    ours = _call(name, x, mask, options, grad)
+    with backend(kernel):
+        ours = _call(name, x, mask, options, grad)
     with backend("eager"):
-        plain = _call(name, x.float(), mask, options, grad.float())
-        exact = _call(name, x.double(), mask, options, grad.double())
+        defined, its_options = definition(name, options)
+        plain = _call(defined, x.float(), mask, its_options, grad.float())
+        exact = _call(defined, x.double(), mask, its_options, grad.double())
     p, q = ours["p"].double(), exact["p"]
     assert torch.equal(p.isnan(), plain["p"].isnan()) and not (p < 0).any(), f"{text}: not a distribution"
     if p.isnan().any():  # sigma of huge scores

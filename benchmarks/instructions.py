@@ -19,6 +19,9 @@ from triton.runtime.jit import JITFunction
 __all__ = ["Launch", "Loops", "compiling_for_hopper", "recorded_launches"]
 
 
+_SPILLED = ("LDL", "STL")
+
+
 @dataclass(frozen=True)
 class Loops:
     """What a kernel's loops over tiles hold.
@@ -48,13 +51,20 @@ class Launch:
 
     def loops(self) -> Loops:
         """Disassemble the kernel. Raises OSError or subprocess.SubprocessError where the disassembler does not run."""
+        loops = _loops(self._machine_code())
+        spilled = sum(instruction.startswith(_SPILLED) for loop in loops for instruction in loop)
+        return Loops(tuple(len(loop) / self.scores for loop in loops), spilled)
+
+    def spilled(self) -> int:
+        """Accesses to spilled registers in the whole kernel. Raises as :meth:`loops`."""
+        return len(re.findall(rf"\b(?:{'|'.join(_SPILLED)})\b", self._machine_code()))
+
+    def _machine_code(self) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.compiled.asm["cubin"])
             file.flush()
             command = [knobs.nvidia.cuobjdump.path, "--dump-sass", file.name]
-            loops = _loops(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        spilled = sum(instruction.startswith(("LDL", "STL")) for loop in loops for instruction in loop)
-        return Loops(tuple(len(loop) / self.scores for loop in loops), spilled)
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @contextlib.contextmanager

@@ -276,6 +276,12 @@ def test_the_summary_fits_into_what_is_seen_of_a_long_output(tmp_path):
     }
     arms = {"softmax": 3.0, "multimax": 2.9}
     losses = [{"computation": "fused MultiMax", "time / unfused": 0.3, "load": 1.0}]
+    functions = {"function": "entmax, alpha learned", "shape": "1024 x 32768", "f32 forward plain": 123.4}
+    functions |= {f"{dtype} {phase} triton": 1.234567 for dtype in ("f32", "bf16") for phase in ("forward", "training")}
+    attention = {"shape": "1x16x8192, D 64, causal, bfloat16"}
+    attention |= {f"{phase} {name}": 1.234567 for phase in ("forward", "training") for name in ("triton", "tiled")}
+    attention["not run"] = {"adasplash": "not installed: pip install adasplash"}
+    calls = [{"normalizer": f"entmax, alpha learned {i % 14}", **attention} for i in range(19)]
     found = [
         finished(tmp_path, "environment", [{"gpu": "Made-up GPU 1"}]),
         finished(tmp_path, "correctness", [{}] * 250, failed=60),
@@ -283,11 +289,13 @@ def test_the_summary_fits_into_what_is_seen_of_a_long_output(tmp_path):
         finished(tmp_path, "tiles", tiles),
         finished(tmp_path, "training_step", [{"model": "GPT-2 small", "stock s": 0.1, "patched / stock": 1.0}] * 5),
         finished(tmp_path, "cross_entropy", [{"rows": losses}]),
+        finished(tmp_path, "rows", [functions] * 30),
+        finished(tmp_path, "row_attention", [{}] * 80 + calls),
         finished(tmp_path, "evidence", [{"bits per byte": arms}, {"bits per byte": {"softmax": 3.2, "multimax": 3.0}}]),
     ]
     text = summary.summary(found, 601.0)
     assert len(text) < 12000
-    assert "correctness: 250 passed, 60 failed" in text and "... and 20 more" in text
+    assert "correctness: 250 passed, 60 failed" in text and "... and 30 more" in text
     assert '_LEAN["dq"][64] = Tile(64, 64, 4, 2)' in text and "OutOfResources: shared memory" in text
     assert "multimax: 2.9500, minus softmax -0.1500 +- 0.0500 (standard error)" in text
     for part in ("| 0.75 ", "| cudnn/flash", "flex: RuntimeError", "goals:", "they are tried again"):

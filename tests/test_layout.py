@@ -25,7 +25,9 @@ ORDER = (
     "attention.call",
     "attention.operators",
     "attention.choice",
+    "attention.triton.modulator",
     "rows",
+    "attention.rowwise",
     "functional",
     "attention.tiled",
     "attention.native",
@@ -63,8 +65,9 @@ ORDER = (
     "command_line",
 )
 #: What computes with tensors alone.
-KERNELS = ("attention.context", "attention.schema", "attention.call", "attention.operators")
-KERNELS = (*KERNELS, "rows.call", "rows.function", "attention.tiled", "attention.native", "attention.triton", "loss")
+KERNELS = ("attention.context", "attention.schema", "attention.call", "attention.operators", "attention.rowwise")
+KERNELS = (*KERNELS, "rows.call", "rows.function", "rows.triton")
+KERNELS = (*KERNELS, "attention.tiled", "attention.native", "attention.triton", "loss")
 
 
 FOLDERS = {str(path.parent.relative_to(PACKAGE)).replace("/", ".") for path in PACKAGE.glob("*/**/__init__.py")}
@@ -134,7 +137,8 @@ def test_kernels_stand_alone(name):
 
 @pytest.mark.parametrize("name", modules())
 def test_a_module_is_imported_without_optional_packages(name):
-    triton = name.startswith(("attention.triton.", "loss.triton")) and not name.endswith(("backend", "__init__"))
+    kernels = name.startswith(("attention.triton.", "rows.triton.", "loss.triton"))
+    triton = kernels and not name.endswith(("backend", "arguments", "__init__"))
     peft = {"peft"} if name in ("peft.config", "peft.layer", "peft.model") else set()
     shell = {"typer", "rich"} if name.startswith("command_line.") and name != "command_line.main" else set()
     assert outer_imports(modules()[name]) <= EVERYWHERE | ({"triton"} if triton else set()) | peft | shell

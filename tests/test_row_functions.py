@@ -120,7 +120,7 @@ def test_the_operators_are_what_they_claim(kind):
     elif kind == "asentmax":
         beta, gamma = (torch.rand(6).requires_grad_() for _ in range(2))
     mask = torch.rand(x.shape) < 0.8
-    arguments = (x, value, beta, gamma, ranges, ts, affine, mask, KINDS.index(kind), 1.3, 0.1)
+    arguments = (x, value, beta, gamma, ranges, ts, affine, mask, KINDS.index(kind), 1.3, 0.1, False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.library.opcheck(torch.ops.hf_multimax.row_function_training.default, arguments)

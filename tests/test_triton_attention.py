@@ -47,8 +47,13 @@ class TestOnCuda(Interpreted):
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_in_the_interpreter():
+    interpret(__file__)
+
+
+def interpret(file: str) -> None:
+    """Run the class ``Interpreted`` of a file of tests in a process of its own, in Triton's interpreter."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", "--no-header"]
-    command += ["-o", "python_classes=Interpreted", f"{__file__}::Interpreted"]
+    command += ["-o", "python_classes=Interpreted", f"{file}::Interpreted"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900
     )
@@ -56,6 +61,14 @@ def test_in_the_interpreter():
 
 
 # --- compiling for sm_90 -----------------------------------------------------------------------------------------
+
+
+def in_a_process(script: str, cache: Path) -> subprocess.CompletedProcess:
+    """Run Python code in a process that compiles kernels, each anew."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def compile_for_hopper(width: int, dtype: str, features: str) -> None:
@@ -125,16 +138,7 @@ def _call(width: int, dtype: torch.dtype, features: str) -> Call:
 )
 def test_compiles_for_sm_90_without_spills(width, dtype, features, tmp_path):
     script = f"from tests.test_triton_attention import *; compile_for_hopper({width}, {dtype!r}, {features!r})"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = in_a_process(script, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = [line.split() for line in done.stdout.splitlines()]
     expected = {"decode": 2, "all": 4}.get(features, 3)

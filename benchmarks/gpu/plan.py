@@ -26,10 +26,12 @@ class Step:
 
 STEPS = (
     Step("environment", 60, 45),
-    Step("correctness", 180, 100, workers=None),
+    Step("correctness", 240, 100, workers=None),
     Step("attention", 200, 90, prepares=True),
     Step("tiles", 130, 45, prepares=True),
     Step("training_step", 110, 60, prepares=True),
     Step("cross_entropy", 60, 40),
+    Step("rows", 150, 60, prepares=True),
+    Step("row_attention", 240, 90, prepares=True),
     Step("evidence", 600, 240, workers=4),
 )

@@ -10,7 +10,7 @@ from benchmarks.tables import table
 __all__ = ["summary"]
 
 Row = dict[str, Any]
-_FAILURES, _NAMES = 40, 8
+_FAILURES, _NAMES = 30, 8
 #: of forward and backward from this length on, against the faster of SDPA's flash and cuDNN kernels
 _LONG = 2048
 _PHASES = {"f": "forward", "fb": "training"}
@@ -124,6 +124,33 @@ def _cross_entropy(rows: Sequence[Row]) -> list[str]:
     return ["output loss:", table([{k: v for k, v in row.items() if k != "load"} for row in flat])]
 
 
+def _rows(rows: Sequence[Row]) -> list[str]:
+    columns = {"f32": "f32 {} triton", "bf16": "bf16 {} triton", "plain": "f32 {} plain", "compile": "f32 {} compile"}
+    lines = []
+    for row in rows:
+        line = {"function": row["function"], "shape": row["shape"]}
+        for name, key in columns.items():
+            figures = [row[key.format(phase)] for phase in _PHASES.values() if key.format(phase) in row]
+            line[name] = " / ".join(f"{figure:.3g}" for figure in figures)
+        lines.append(line)
+    return ["functions of rows, relative to torch.softmax, f / fb (plain, compile: float32):", table(lines)]
+
+
+def _row_attention(rows: Sequence[Row]) -> list[str]:
+    times = [row for row in rows if "shape" in row]
+    lines: dict[str, list[str]] = {}
+    for row in times:
+        found = [row["shape"].split(",")[0]]
+        for name, shown in (("triton", ""), ("tiled", "tiled "), ("adasplash", "adasplash ")):
+            figures = [f"{row[f'{phase} {name}']:.3g}" for phase in _PHASES.values() if f"{phase} {name}" in row]
+            error = f", error {row[f'{name} error']:.1e}" if f"{name} error" in row else ""
+            found += [f"{shown}{'/'.join(figures)}{error}"] if figures else []
+        lines.setdefault(row["normalizer"], []).append(" ".join(found))
+    notes = dict.fromkeys(f"  {name}: {why}" for row in times for name, why in row["not run"].items())
+    about = "attention through functions of rows (causal, D 64, bfloat16), relative to SDPA with SoftMax, f/fb:"
+    return [about, *(f"  {name}: {'; '.join(found)}" for name, found in lines.items()), *notes] if times else []
+
+
 def _evidence(rows: Sequence[Row]) -> list[str]:
     lines = [f"evidence, held-out bits per byte, {len(rows)} seeds:"]
     for arm in rows[0]["bits per byte"]:
@@ -140,6 +167,8 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "tiles": _tiles,
     "training_step": _training_step,
     "cross_entropy": _cross_entropy,
+    "rows": _rows,
+    "row_attention": _row_attention,
     "evidence": _evidence,
 }
 

@@ -41,6 +41,7 @@ class RowCall(NamedTuple):
         mask: boolean, shaped like ``x``, True = keep.
         kind: the function's place in ``KINDS``.
         a, b: its options that are numbers.
+        triton: whether Triton computes it, on a GPU or in its interpreter; else the extension does.
     """
 
     x: Tensor
@@ -54,6 +55,7 @@ class RowCall(NamedTuple):
     kind: int = 0
     a: float = 0.0
     b: float = 0.0
+    triton: bool = False
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The fields that are tensors."""

@@ -5,6 +5,7 @@ work itself.
 """
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from hf_multimax.attention.schema import LIBRARY, arguments_of, define
 from hf_multimax.rows.call import KINDS, STATS, RowCall, items_of, run
+from hf_multimax.rows.triton.arguments import STATS as TRITON_STATS
 
 __all__ = ["compute"]
 
@@ -45,7 +47,7 @@ def compute(call: RowCall) -> Tensor:
 def _inference(*inputs: Any) -> Tensor:
     call = RowCall(*inputs)
     out = torch.empty_like(call.x)
-    run("forward", call.x, call.kind, call.a, call.b, **call.tensors(), out=out)
+    _fill(call, out)
     return out
 
 
@@ -55,17 +57,33 @@ def _training(*inputs: Any) -> list[Tensor]:
 
 def _outputs_of(call: RowCall) -> list[Tensor | None]:
     """The result; then for the backward pass its float32 copy, numbers of every row, groups: None where not needed."""
-    out, p, stats, groups = outputs = _outputs(call)
-    run("forward", call.x, call.kind, call.a, call.b, **call.tensors(), out=out, p=p, stats=stats, groups=groups)
+    outputs = _outputs(call)
+    _fill(call, *outputs)
     return outputs
 
 
+def _fill(
+    call: RowCall, out: Tensor, p: Tensor | None = None, stats: Tensor | None = None, groups: Tensor | None = None
+) -> None:
+    if call.triton:
+        _launch().forward(call, out, p, stats)
+    else:
+        run("forward", call.x, call.kind, call.a, call.b, **call.tensors(), out=out, p=p, stats=stats, groups=groups)
+
+
+def _launch() -> ModuleType:
+    """The launch module, imported at the first call because it needs Triton."""
+    from hf_multimax.rows.triton import launch
+
+    return launch
+
+
 def _outputs(call: RowCall) -> list[Tensor | None]:
-    x, kind = call.x, call.kind
+    x, kind, numbers = call.x, call.kind, TRITON_STATS if call.triton else STATS
     return [
         torch.empty_like(x),
         torch.empty_like(x, dtype=torch.float32) if x.dtype != torch.float32 else None,
-        x.new_empty((*x.shape[:-1], STATS), dtype=torch.float32) if kind in _NEED_STATS else None,
+        x.new_empty((*x.shape[:-1], numbers), dtype=torch.float32) if kind in _NEED_STATS else None,
         torch.empty_like(x, dtype=torch.int32) if kind in _STRUCTURED else None,
     ]
 
@@ -76,8 +94,11 @@ def _filled(like: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
 
 def _gradients(*inputs: Any) -> list[Tensor | None]:
     """The gradients of the differentiable inputs, None for those that need none; arguments as the operator's."""
-    grad, p, stats, groups, mask, x, value, beta, gamma, ranges, ts, affine, kind, a, b, needed = inputs
+    grad, p, stats, groups, mask, x, value, beta, gamma, ranges, ts, affine, kind, a, b, triton, needed = inputs
     grad = grad.contiguous()
+    if triton:
+        call = RowCall(x, value, beta, gamma, ranges, ts, affine, None, kind, a, b)
+        return _launch().backward(grad, p, stats, call, needed)
     grad_x = torch.empty_like(grad)
     options = [t.new_empty(t.shape) if wanted else None for t, wanted in zip((value, beta, gamma), needed[1:])]
     given = {"stats": stats, "groups": groups, "mask": mask, "x": x, "value": value, "beta": beta, "gamma": gamma}
@@ -97,13 +118,13 @@ def _gradients(*inputs: Any) -> list[Tensor | None]:
 
 
 def _fake_backward(grad, p, stats, groups, mask, *rest):
-    *inputs, _kind, _a, _b, needed = rest
+    *inputs, _kind, _a, _b, _triton, needed = rest
     return [t.new_empty(t.shape) if wanted else grad.new_empty(0) for t, wanted in zip((grad, *inputs[1:]), needed)]
 
 
 def _save(ctx, inputs, output) -> None:
     call, (out, p, stats, groups) = RowCall(*inputs), output
-    ctx.options = call.kind, call.a, call.b
+    ctx.options = call.kind, call.a, call.b, call.triton
     scores = call.kind in _NEED_SCORES or any(ctx.needs_input_grad[1:4])
     p = out if out.dtype == torch.float32 else p
     mask = call.mask if call.kind in _NEED_MASK else None
@@ -118,7 +139,8 @@ def _differentiate(ctx, grad: Tensor, backward: Callable[..., Sequence[Tensor | 
         )
     needed = ctx.needs_input_grad[:_DIFFERENTIABLE]
     grads = backward(grad, *ctx.saved_tensors, *ctx.options, list(needed))
-    return *(grad if wanted else None for grad, wanted in zip(grads, needed)), None, None, None, None
+    absent = [None] * (len(RowCall._fields) - _DIFFERENTIABLE)
+    return *(grad if wanted else None for grad, wanted in zip(grads, needed)), *absent
 
 
 class _Rows(torch.autograd.Function):
@@ -136,18 +158,16 @@ class _Rows(torch.autograd.Function):
 
 
 _CALL = arguments_of(RowCall)
-_inference_op = define(f"row_function({_CALL}) -> Tensor", _inference, lambda x, *_: torch.empty_like(x), "CPU")
+_inference_op = define(f"row_function({_CALL}) -> Tensor", _inference, lambda x, *_: torch.empty_like(x))
 _training_op = define(
     f"row_function_training({_CALL}) -> Tensor[]",
     _training,
     lambda *inputs: _filled(inputs[0], _outputs(RowCall(*inputs))),
-    "CPU",
 )
 _backward_op = define(
-    f"row_function_backward(Tensor grad, {_SAVED}, int kind, float a, float b, bool[] needed) -> Tensor[]",
+    f"row_function_backward(Tensor grad, {_SAVED}, int kind, float a, float b, bool triton, bool[] needed) -> Tensor[]",
     lambda *inputs: _filled(inputs[0], _gradients(*inputs)),
     _fake_backward,
-    "CPU",
 )
 torch.library.register_autograd(
     "hf_multimax::row_function_training",

@@ -1,4 +1,4 @@
-"""Attention and output loss on the device, values and every gradient, against float64 in plain PyTorch there.
+"""Attention, output loss and functions of rows on the device, values and gradients, against float64 in plain PyTorch.
 
 Most of it are the checks of the tests, which run small in Triton's interpreter; here larger ones join them.
 """
@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu.cases import Case, Settings
 from benchmarks.gpu.steps import correctness_models, correctness_runtime
 from hf_multimax.attention.triton import backend
-from tests import attention_cases, cross_entropy_cases, triton_checks
+from tests import attention_cases, cross_entropy_cases, triton_checks, triton_row_checks
 from tests.attention_cases import Case as Call
 from tests.triton_checks import CHECKS
 
@@ -58,10 +58,11 @@ _TINY = (
     "any strides",
     "operators",
 )
+_TINY_ROWS = ("random calls, sparsemax", "rows of every sort, entmax15", "options of heads", "where they run")
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Attention in float32 and bfloat16, models and the output loss, then attention in float16."""
+    """Attention in float32 and bfloat16, models, the output loss and functions of rows, then attention in float16."""
     if settings.tiny:
         found = _tiny_attention()
     else:
@@ -69,6 +70,9 @@ def cases(settings: Settings) -> list[Case]:
     found |= correctness_runtime.checks(settings) | correctness_models.checks(settings)
     losses = cross_entropy_cases.KERNEL_CHECKS if settings.tiny else cross_entropy_cases.DEVICE_CHECKS
     found |= {f"loss: {name}": _loss(check, settings) for name, check in losses.items()}
+    rows = {name: triton_row_checks.CHECKS[name] for name in _TINY_ROWS} if settings.tiny else triton_row_checks.LARGE
+    rows |= {} if settings.tiny else triton_row_checks.CHECKS
+    found |= {f"rows: {name}": check for name, check in rows.items()}
     found |= {} if settings.tiny else _attention(torch.float16)
     return [Case(name, _on_device(check, settings)) for name, check in found.items()]
 

@@ -6,8 +6,6 @@ and biases are read through their strides and never expanded. Triton itself is i
 ``TRITON_INTERPRET=1``, set before the import, runs everything on CPU tensors in Triton's interpreter (slowly).
 """
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -16,13 +14,10 @@ from torch import Tensor
 
 from hf_multimax.attention.call import Call, seeded
 from hf_multimax.attention.operators import define_backward, define_forward, register_gradient
+from hf_multimax.attention.triton.conditions import unsupported
+from hf_multimax.attention.triton.rows.backend import rowwise_attention, rowwise_unsupported
 
-__all__ = ["attention", "unsupported"]
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_HEAD_DIM = 256
+__all__ = ["attention", "rowwise_attention", "rowwise_unsupported", "unsupported"]
 
 
 def attention(call: Call) -> Tensor:
@@ -33,26 +28,6 @@ def attention(call: Call) -> Tensor:
     call = seeded(call, call.q.device)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.differentiable)
     return _training_op(*call)[0] if train else _inference_op(*call)
-
-
-def unsupported(call: Call) -> str | None:
-    """The first feature of a call that this backend cannot do, as a short phrase; else None."""
-    q, v, mask = call.q, call.v, call.mask
-    device = q.device.type
-    if device == "cpu" and not _INTERPRETED:
-        return "CPU tensors"
-    if device not in ("cpu", "cuda", "meta"):
-        return f"{device} tensors"
-    if device != "meta" and not _HAS_TRITON:
-        return "no Triton installation"
-    if q.dtype not in _DTYPES:
-        return f"{str(q.dtype).removeprefix('torch.')} tensors"
-    if max(q.shape[-1], v.shape[-1]) > _MAX_HEAD_DIM:
-        return f"head dimensions above {_MAX_HEAD_DIM}"
-    # asked without gradients too: a forward pass under no_grad may be a checkpointed one, whose choice must not change
-    if mask is not None and mask.requires_grad:
-        return "a gradient for the mask"
-    return None
 
 
 def _outputs(call: Call, train: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """Host side of the Triton kernels: tile sizes, buffers and launches. Importing it needs Triton."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +14,19 @@ from hf_multimax.attention.triton.arguments import Inputs, Rows
 from hf_multimax.attention.triton.backward import dkdv_kernel, dq_kernel
 from hf_multimax.attention.triton.bias import bias_kernel
 from hf_multimax.attention.triton.forward import combine_kernel, decode_kernel, forward_kernel
+from hf_multimax.attention.triton.inputs import (
+    INTERPRETED,
+    bias_parts,
+    inputs_of,
+    multiprocessors,
+    padded,
+    shared_memory,
+)
 
 __all__ = ["Tile", "backward", "forward", "tile"]
 
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
 #: a call with at most this many queries per head, and at least that many keys, splits its keys over programs
-_DECODE_QUERIES, _DECODE_KEYS = 16, 32 if _INTERPRETED else 256
+_DECODE_QUERIES, _DECODE_KEYS = 16, 32 if INTERPRETED else 256
 _MAX_SPLITS = 64
 
 
@@ -62,70 +68,12 @@ _TINY = {
 }
 
 
-def inputs_of(call: Call) -> Inputs:
-    """The call as every attention kernel takes it."""
-    (batch, heads, n_rows, d), (_, key_heads, n_cols, d_v) = call.q.shape, call.v.shape
-    shape = (batch, heads, n_rows, n_cols)
-    mask = None if call.mask is None else call.mask.expand(shape)
-    bias = None if call.bias is None else call.bias.expand(shape)
-    boolean = mask is not None and mask.dtype == torch.bool
-    return Inputs(
-        q=call.q,
-        k=call.k,
-        v=call.v,
-        ranges=call.ranges,
-        ts=call.ts,
-        affine_scale=call.affine_scale,
-        affine_shift=call.affine_shift,
-        mask=mask.view(torch.uint8) if boolean else mask,
-        bias=bias,
-        seed=call.seed,
-        s_q=call.q.stride(),
-        s_k=call.k.stride(),
-        s_v=call.v.stride(),
-        s_mask=(0, 0, 0, 0) if mask is None else mask.stride(),
-        s_bias=(0, 0, 0, 0) if bias is None else bias.stride(),
-        s_head=tuple(
-            0 if p is None or p.ndim == own else p.stride(0)
-            for p, own in ((call.ranges, 1), (call.affine_scale, 0), (call.affine_shift, 0))
-        ),
-        heads=heads,
-        group=heads // key_heads,
-        n_rows=n_rows,
-        n_cols=n_cols,
-        # the 32 random bits of a dropped score are below this, read as a signed number
-        threshold=min(int(call.dropout_p * 2**32) - 2**31, 2**31 - 1),
-        keep_scale=1.0 / (1.0 - call.dropout_p),
-        scale=call.scale,
-        softcap=call.softcap or None,
-        # one that hides nothing costs nothing
-        window=call.window if 0 <= call.window < n_rows + n_cols else None,
-        ORDER=_constant(_order(call)),
-        # a sink does see what all scores of a row have in common
-        NEAR=_constant(call.q.dtype != torch.float32 and call.sinks is None),
-        MASK_MIN=_constant(None if mask is None or boolean else torch.finfo(mask.dtype).min / 2),
-        MASK_BY_ROW=_constant(mask is not None and mask.stride(2) != 0),
-        BIAS_BY_ROW=_constant(bias is not None and bias.stride(2) != 0),
-        CAUSAL=_constant(call.causal),
-        D=_constant(d),
-        DV=_constant(d_v),
-        BLOCK_D=_constant(_padded(d)),
-        BLOCK_DV=_constant(_padded(d_v)),
-        UPCAST=_constant(_INTERPRETED and call.q.dtype == torch.bfloat16),
-    )
-
-
-def _constant(value: Any) -> Any:
-    """What is compiled in, as None is by itself."""
-    return None if value is None else tl.constexpr(value)
-
-
 def tile(kernel: str, width: int, dtype: torch.dtype, shared: int = 227, lean: bool = False) -> Tile:
     """Tile of a kernel ("forward", "short", "decode", "dq", "dkdv" or "bias") for head dimensions up to ``width``.
 
     ``shared``: KiB of shared memory that the device gives a program. ``lean``: a call without mask, bias and dropout.
     """
-    if _INTERPRETED:
+    if INTERPRETED:
         return _TINY.get(kernel, _TINY["forward"])
     width = max(64, width)
     if dtype == torch.float32:
@@ -199,7 +147,7 @@ def _decode(call: Call, rows: Rows) -> None:
     batch, heads, n_rows, _ = call.q.shape
     blocks = triton.cdiv(inputs.group * n_rows, t.m)
     programs = batch * call.k.shape[1] * blocks
-    splits = max(1, min(_MAX_SPLITS, 2 * _multiprocessors(call.q.device) // programs, call.k.shape[2] // (2 * t.n)))
+    splits = max(1, min(_MAX_SPLITS, 2 * multiprocessors(call.q.device) // programs, call.k.shape[2] // (2 * t.n)))
     partial = torch.empty(batch, heads, n_rows, splits, call.v.shape[-1], dtype=torch.float32, device=call.q.device)
     peaks, totals = torch.empty(2, batch, heads, n_rows, splits, dtype=torch.float32, device=call.q.device)
     decode_kernel[(programs * splits,)](
@@ -244,23 +192,8 @@ def _dkdv(call: Call, rows: Rows, dk: Tensor, dv: Tensor, need_scalars: bool) ->
 
 def _dbias(call: Call, rows: Rows, dbias: Tensor) -> None:
     inputs, t = _inputs_and_tile(call, "bias")
-    full = dbias.view((1,) * (4 - dbias.ndim) + dbias.shape)
-    batch, heads, n_rows, n_cols = full.shape
-    row_blocks, col_blocks = triton.cdiv(n_rows, t.m), triton.cdiv(n_cols, t.n)
-    bias_kernel[(batch * heads * row_blocks * col_blocks,)](
-        inputs,
-        rows,
-        dbias=full,
-        s_dbias=full.stride(),
-        batches=call.q.shape[0],
-        row_blocks=row_blocks,
-        col_blocks=col_blocks,
-        PER_BATCH=batch > 1,
-        PER_HEAD=heads > 1,
-        PER_ROW=n_rows > 1,
-        PER_COL=n_cols > 1,
-        **_options(t),
-    )
+    programs, parts = bias_parts(call, dbias, t.m, t.n)
+    bias_kernel[(programs,)](inputs, rows, **parts, **_options(t))
 
 
 def _sink_gradient(sinks: Tensor, norms: Tensor, delta: Tensor) -> Tensor:
@@ -300,27 +233,10 @@ def _rows(call: Call, o: Tensor, residual: Tensor | None, norms: Tensor) -> Rows
 def _inputs_and_tile(call: Call, kernel: str) -> tuple[Inputs, Tile]:
     """The inputs of a launch, and its tile."""
     lean = call.mask is None and call.bias is None and call.seed is None
-    width = max(_padded(call.q.shape[-1]), _padded(call.v.shape[-1]))
-    return inputs_of(call), tile(kernel, width, call.q.dtype, _shared_memory(call.q.device), lean)
+    width = max(padded(call.q.shape[-1]), padded(call.v.shape[-1]))
+    return inputs_of(call), tile(kernel, width, call.q.dtype, shared_memory(call.q.device), lean)
 
 
 def _options(t: Tile) -> dict[str, Any]:
     # Newer Triton versions fuse multiplications and additions only on demand.
     return {"BLOCK_M": t.m, "BLOCK_N": t.n, "num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
-
-
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
-@lru_cache
-def _shared_memory(device: torch.device) -> int:
-    """KiB that a program may hold; elsewhere than on CUDA (compiling without a device) as on sm_90."""
-    if device.type != "cuda":
-        return 227
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) // 1024

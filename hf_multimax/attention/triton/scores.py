@@ -18,8 +18,11 @@ from hf_multimax.attention.triton.modulator import (
     modulate_slope,
 )
 
-#: A score at or below this (log2(e) * finfo(float32).min / 2) is a masked entry.
-MASKED = tl.constexpr(-2.4547e38)
+#: A score at or below this (finfo(float32).min / 2) is a masked entry.
+MASKED = tl.constexpr(-1.7014e38)
+#: scores times this, or as they are
+BASE_2 = LOG2E
+NATURAL = tl.constexpr(1.0)
 PHILOX_ROUNDS = tl.constexpr(7)
 
 
@@ -51,13 +54,20 @@ def load_head(call, batch, head):
 
     ``head`` may be a tensor of heads, [rows, 1].
     """
+    mask, bias = load_added(call, batch, head)
+    return load_modulator(call, head), load_affine(call, head), mask, bias
+
+
+@triton.jit
+def load_added(call, batch, head):
+    """(address of a head's mask, of its bias), or () for none."""
     mask = ()
     if call.mask is not None:
         mask = (head_base(call.mask, call.s_mask, batch, head),)
     bias = ()
     if call.bias is not None:
         bias = (head_base(call.bias, call.s_bias, batch, head),)
-    return load_modulator(call, head), load_affine(call, head), mask, bias
+    return mask, bias
 
 
 @triton.jit
@@ -72,29 +82,39 @@ def places(rows, n0, COLS: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def scores(qk, where, call, bias):
-    """Scores before the modulator (base 2), and the soft cap's slope (1 without a cap)."""
+def scores(qk, where, call, bias, UNIT: tl.constexpr = BASE_2):
+    """Scores before the modulator, times ``UNIT``, and the soft cap's slope (1 without a cap)."""
     if call.softcap is None:
-        y = qk * (call.scale * LOG2E)
+        y = qk * (call.scale * UNIT)
         slope = 1.0
     else:
         t = tanh(qk * (call.scale / call.softcap))
-        y = t * (call.softcap * LOG2E)
+        y = t * (call.softcap * UNIT)
         slope = 1.0 - t * t
     if len(bias) > 0:
-        y += load_elements(bias[0], call.s_bias, where, call, call.BIAS_BY_ROW).to(tl.float32) * LOG2E
+        y += load_elements(bias[0], call.s_bias, where, call, call.BIAS_BY_ROW).to(tl.float32) * UNIT
     return y, slope
 
 
 @triton.jit
-def mask_scores(z, y, where, call, mask, CHECK: tl.constexpr, EDGE: tl.constexpr, TAIL: tl.constexpr):
+def mask_scores(
+    z,
+    y,
+    where,
+    call,
+    mask,
+    CHECK: tl.constexpr,
+    EDGE: tl.constexpr,
+    TAIL: tl.constexpr,
+    UNIT: tl.constexpr = BASE_2,
+):
     """Modulated scores ``z`` with minus infinity at every masked entry; NaN stays NaN.
 
     CHECK: a score ``y`` may be minus infinity. EDGE: the tile may leave the band of visible keys. TAIL: it may hold
     keys that do not exist.
     """
     rows, cols = where
-    hidden = y <= MASKED if CHECK else tl.zeros(z.shape, tl.int1)
+    hidden = y <= MASKED * UNIT if CHECK else tl.zeros(z.shape, tl.int1)
     if TAIL:
         hidden = hidden | (cols >= call.n_cols)
     if EDGE:
@@ -112,7 +132,7 @@ def mask_scores(z, y, where, call, mask, CHECK: tl.constexpr, EDGE: tl.constexpr
         else:
             m = m.to(tl.float32)
             hidden = hidden | (m <= call.MASK_MIN)
-            z += m * LOG2E
+            z += m * UNIT
     return tl.where(hidden, float("-inf"), z)
 
 
