@@ -92,7 +92,8 @@ bool weigh_found(const RowCall& g, const float* stats, float* s) {
       return true;
     }
     case kFusedMax: weigh_pieces(g, stats, s); return true;
-    default: return false;  // multimax leaves no such numbers; oscarmax's groups are not a few places
+    case kOscarMax: weigh_groups(g, stats, s); return true;
+    default: return false;  // multimax leaves no such numbers
   }
 }
 

@@ -18,7 +18,9 @@ constexpr float kMost = std::numeric_limits<float>::max();
 // of in one pass over the scores, and whether these are there.
 enum Stat { kOwn = 0, kTop = 4, kFactor = 5, kRest = 6, kFound = 7 };
 constexpr int64_t kStats = 8;
-constexpr int64_t kPieces = 16, kOfPiece = 3;  // of fusedmax, where they are not more: first place, last place, weight
+// What gives weight in a row of fusedmax or oscarmax, where it is not more: first place, last place and weight of a piece;
+// least and largest magnitude of a group's scores, and the weight of those above 0
+constexpr int64_t kPieces = 16, kOfPiece = 3;
 
 }  // namespace
 
@@ -105,7 +107,7 @@ Buffers buffers(int64_t n, bool structured) {
 }
 
 // A row's numbers for its backward; null where nobody wants them
-inline int64_t stats_size(int64_t kind) { return kind == kFusedMax ? kStats + kPieces * kOfPiece : kStats; }
+inline int64_t stats_size(int64_t kind) { return is_structured(kind) ? kStats + kPieces * kOfPiece : kStats; }
 
 inline float* stats_of(const RowCall& g, int64_t row) { return g.stats ? g.stats + row * stats_size(g.kind) : nullptr; }
 

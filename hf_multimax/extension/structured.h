@@ -88,14 +88,14 @@ void emit_sparsemax(const RowCall& g, const Line& l, const Buffers& t, const dou
   double top = tops[0];
   for (int i = 1; i < kHalf_; ++i) top = std::max(top, tops[i]);
   for (int64_t i = m / kHalf_ * kHalf_; i < m; ++i) top = std::max(top, z[i]);
-  for (int64_t i = 0; i < m; ++i) t.a[i] = float(z[i] - top);
-  for (int64_t i = m; i < whole(m); ++i) t.a[i] = -kInfinity;
+  for (int64_t i = 0; i < m; ++i) t.g[i] = float(z[i] - top);
+  for (int64_t i = m; i < whole(m); ++i) t.g[i] = -kInfinity;
   int64_t few = 0;
-  for (int64_t i = 0; i < m; i += W) few += compress(t.b + few, load(t.a + i), load(t.a + i) > -1.0f);
+  for (int64_t i = 0; i < m; i += W) few += compress(t.b + few, load(t.g + i), load(t.g + i) > -1.0f);
   store(t.b + few, splat(-kInfinity));
   const double tau = sparsemax_threshold(t.b, few);
-  float* p = m == l.n ? l.s : t.a;
-  for (int64_t i = 0; i < m; ++i) p[i] = float(std::max(t.a[i] - tau, 0.0));
+  float* p = m == l.n ? l.s : t.g;
+  for (int64_t i = 0; i < m; ++i) p[i] = float(std::max(t.g[i] - tau, 0.0));
   if (m < l.n) {
     std::fill(l.s, l.s + l.width, 0.0f);
     for (int64_t i = 0; i < m; ++i) l.s[places[i]] = p[i];
@@ -173,6 +173,30 @@ void radix_sort(uint64_t* keys, uint64_t* other, int64_t m) {
   }
 }
 
+// The groups that give weight, as the magnitudes of their scores and the weight of the positive ones, for the backward
+void leave_groups(const RowCall& g, const Line& l, const Buffers& t, const uint64_t* sorted, int64_t blocks, int64_t m) {
+  float* stats = stats_of(g, l.row);
+  if (!stats || g.b == 0) return;  // without a pull between ranks equal scores are groups of their own
+  int64_t pieces = 0, weighted = 0, all = 0;
+  auto entry = [&](int64_t rank) { return int64_t(uint32_t(sorted[rank])); };
+  for (int64_t block = 0; block < blocks && t.d[block] > 0; ++block) {
+    const int64_t first = t.j[block], end = block + 1 < blocks ? t.j[block + 1] : m;
+    float p = 0.0f;
+    int64_t positive = 0;
+    for (int64_t rank = first; rank < end; ++rank) {
+      if (t.a[entry(rank)] > 0.0f) p = l.s[t.i[entry(rank)]], ++positive;
+    }
+    if (p == 0.0f && positive) break;  // those that follow are smaller
+    if (p == 0.0f) continue;
+    if (pieces == kPieces) return;
+    float* piece = stats + kStats + pieces++ * kOfPiece;
+    piece[0] = std::abs(t.a[entry(end - 1)]), piece[1] = std::abs(t.a[entry(first)]), piece[2] = p;
+    weighted += positive;
+  }
+  for (int64_t j = 0; j < l.width; j += W) all += count(load(l.s + j) > 0.0f);
+  stats[kOwn] = float(pieces), stats[kFound] = all == weighted;  // not so where scores of 0 or below have weight, too
+}
+
 // prox of alpha ||z||_1 + beta sum max(|z_i|, |z_j|): isotonic regression of the sorted magnitudes less their weights
 void oscarmax_row(const RowCall& g, const Line& l, const Buffers& t) {
   const int64_t m = kept_places(l, t.i);
@@ -216,6 +240,25 @@ void oscarmax_row(const RowCall& g, const Line& l, const Buffers& t) {
     }
   }
   emit_sparsemax(g, l, t, t.e, t.i, group, m);
+  leave_groups(g, l, t, sorted, blocks, m);
+}
+
+// Scores -> weights in place, and the entries' groups
+void weigh_groups(const RowCall& g, const float* stats, float* s) {
+  const int64_t pieces = int64_t(stats[kOwn]);
+  for (int64_t j = 0; j < g.n; j += W) {
+    const vf x = load(s + j), magnitude = max(x, -x);
+    vf p = {};
+    vi group = vi{} - 1;
+    for (int64_t i = 0; i < pieces; ++i) {
+      const float* piece = stats + kStats + i * kOfPiece;
+      const vi in = (magnitude >= piece[0]) & (magnitude <= piece[1]);
+      p = in & (x > 0.0f) ? splat(piece[2]) : p;
+      group = in ? vi{} + int32_t(i) : group;
+    }
+    store(s + j, p);
+    if (g.groups) std::memcpy(g.groups + j, &group, std::min<int64_t>(W, g.n - j) * sizeof(int32_t));
+  }
 }
 
 // The gradient of sparsemax, then its mean over every group, each entry with the sign of its score where those count

@@ -72,8 +72,8 @@ class Items(NamedTuple):
 
 
 def stats_size(kind: int) -> int:
-    """``STATS``, and what the pieces of fusedmax take in attention: as in ``rows.h``."""
-    return STATS + 48 if KINDS[kind] == "fusedmax" else STATS
+    """``STATS``, and what the pieces of fusedmax and oscarmax take in attention: as in ``rows.h``."""
+    return STATS + 48 if KINDS[kind] in ("fusedmax", "oscarmax") else STATS
 
 
 def items_of(shape: torch.Size, heads: int) -> Items:
