@@ -75,7 +75,7 @@ def _on_device(check: Callable[[], object], settings: Settings) -> None:
 
 def _time(label: str, shape: Shape, settings: Settings) -> dict[str, object]:
     """Milliseconds of SDPA with SoftMax, and the others' times relative to it."""
-    module = normalizer_of(label, shape.heads).to(settings.device)
+    module = normalizer_of(label, shape.heads, shape.dim).to(settings.device)
     q, k, v = shape.tensors(settings.device)
     q = (q.detach() * _SPREAD).requires_grad_()
     functions: dict[str, Callable[..., Tensor]] = {name: _by(name, module, shape) for name in ("triton", "tiled")}
