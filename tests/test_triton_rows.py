@@ -5,21 +5,12 @@ compiled for sm_90, where no register may be spilled.
 directly.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from hf_multimax.rows.triton.arguments import KINDS
+from tests.test_triton_attention import INTERPRETED, in_a_process, interpret, needs_triton
 from tests.triton_row_checks import CHECKS, LARGE
-
-ROOT = Path(__file__).parents[1]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 class Interpreted:
@@ -47,12 +38,7 @@ class TestOnCuda(Interpreted):
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider", "--no-header"]
-    command += ["-o", "python_classes=Interpreted", f"{__file__}::Interpreted"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    interpret(__file__)
 
 
 def compile_for_hopper(kinds: tuple[str, ...], lengths: tuple[int, ...]) -> None:
@@ -93,23 +79,19 @@ def compile_for_hopper(kinds: tuple[str, ...], lengths: tuple[int, ...]) -> None
 )
 def test_compiles_for_sm_90_without_spills(kinds, lengths, tmp_path):
     script = f"from tests.test_triton_rows import *; compile_for_hopper({kinds!r}, {lengths!r})"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = in_a_process(script, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = [line.split() for line in done.stdout.splitlines()]
     assert len(kernels) == 2 * len(kinds) * len(lengths), done.stdout
     assert all(int(spilled) == 0 for *_, spilled in kernels), done.stdout
 
 
-def test_without_triton_plain_pytorch_computes():
+def test_without_triton_plain_pytorch_computes(tmp_path):
     script = (
         "import sys; sys.modules['triton'] = None; import torch; from hf_multimax import backend, normalize; "
         "from hf_multimax.rows import choose\n"
         "x = torch.tensor([0.0, 9.0])\n"
         "with backend('triton'): print(normalize('entmax15', x).tolist(), choose._kernel('entmax15', x))"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = in_a_process(script, tmp_path)
     assert done.stdout.strip() == "[0.0, 1.0] None", done.stderr[-2000:]
